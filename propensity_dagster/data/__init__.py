@@ -1,0 +1,1 @@
+"""Sources, the parquet lake, ingestion and quarantine."""

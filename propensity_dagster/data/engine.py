@@ -1,0 +1,136 @@
+"""Where Ibis expressions run. DuckDB in memory over parquet, with a spill folder; never a .duckdb file of ours.
+
+A DuckDB file locks out every other process, readers too, so the lake is parquet and DuckDB is scratch.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ibis
+import ibis.expr.datatypes as dt
+import pyarrow as pa
+from ibis.backends.duckdb import Backend
+
+from propensity_dagster.data.lake import publishing
+from propensity_dagster.errors import StorageError
+
+_SQL_TYPES = {
+    "int8": "TINYINT",
+    "int16": "SMALLINT",
+    "int32": "INTEGER",
+    "int64": "BIGINT",
+    "float64": "DOUBLE",
+    "boolean": "BOOLEAN",
+    "string": "VARCHAR",
+    "date": "DATE",
+    "timestamp(6)": "TIMESTAMP",
+    "timestamp": "TIMESTAMP",
+}
+BATCH_ROWS = 65_536
+
+
+@ibis.udf.scalar.builtin(name="getvariable")
+def _variable(variable: str) -> dt.int32:  # pyright: ignore
+    """DuckDB's session variables."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An Ibis backend with the lake's conventions: UTC, exact types, atomic writes."""
+
+    backend: Backend
+
+    def read(self, files: Path | Sequence[Path]) -> ibis.Table:
+        """A table over parquet files of one schema."""
+        paths = [files] if isinstance(files, Path) else list(files)
+        return self.backend.read_parquet([str(path) for path in paths], hive_partitioning=False)
+
+    def table(self, data: pa.Table) -> ibis.Table:
+        """A table over Arrow data."""
+        return self.backend.create_table(ibis.util.gen_name("arrow"), data, temp=True)
+
+    def cache(self, expression: ibis.Table) -> ibis.Table:
+        """Compute once, keep in the engine (spilling when large) for many queries."""
+        name = ibis.util.gen_name("cached")
+        self.backend.raw_sql(f'CREATE TEMP TABLE "{name}" AS {self._typed_sql(expression)}')
+        return self.backend.table(name)
+
+    def arrow(self, expression: ibis.Table) -> pa.Table:
+        """The rows, with exactly the types the expression states."""
+        return self.backend.raw_sql(self._typed_sql(expression)).to_arrow_table()
+
+    def batches(self, expression: ibis.Table) -> pa.RecordBatchReader:
+        """The rows as a stream of record batches."""
+        return self.backend.raw_sql(self._typed_sql(expression)).to_arrow_reader(BATCH_ROWS)
+
+    def publish(self, expression: ibis.Table, file: Path) -> None:
+        """Write the rows, in their stated order, as one parquet file."""
+        self.publish_query(self.prepare(expression), file)
+
+    def prepare(self, expression: ibis.Table) -> str:
+        """Compile once what runs for many days: see `day_variable`."""
+        return self._typed_sql(expression)
+
+    def publish_query(self, query: str, file: Path) -> None:
+        """Write the rows of a prepared query as one parquet file."""
+        with publishing(file) as temporary, _disk_errors(file):
+            self.backend.raw_sql(
+                f"COPY ({query}) TO '{_quoted(temporary)}' (FORMAT PARQUET, COMPRESSION zstd, ROW_GROUP_SIZE 122880)"
+            )
+
+    def day_variable(self) -> Any:
+        """An integer expression whose value `set_day` gives when a prepared query runs.
+
+        Compiling the features of one snapshot takes as long as computing those of a small campaign. DuckDB
+        folds the variable into a constant when it plans, so filters are pushed down all the same.
+        """
+        return _variable("as_of").cast("int32")
+
+    def set_day(self, day_index: int) -> None:
+        """Value of `day_variable` for the queries that follow."""
+        self.backend.raw_sql(f"SET VARIABLE as_of = {day_index}")
+
+    def _typed_sql(self, expression: ibis.Table) -> str:
+        """SQL with every column cast: DuckDB sums integers to HUGEINT, which parquet stores as DOUBLE."""
+        columns = ", ".join(
+            f'CAST("{name}" AS {_SQL_TYPES[str(dtype).lstrip("!")]}) AS "{name}"'
+            if str(dtype).lstrip("!") in _SQL_TYPES
+            else f'"{name}"'
+            for name, dtype in expression.schema().items()
+        )
+        return f"SELECT {columns} FROM ({self.backend.compile(expression)})"
+
+
+@contextmanager
+def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Iterator[Engine]:
+    """A DuckDB engine bounded to `memory_gb`; what does not fit is spilled to a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="propensity-spill-") as spill:
+        backend = ibis.duckdb.connect()
+        try:
+            backend.raw_sql(f"SET temp_directory = '{_quoted(spill)}'")
+            backend.raw_sql(f"SET memory_limit = '{memory_gb}GB'")
+            backend.raw_sql(f"SET threads = {threads or os.cpu_count() or 1}")
+            backend.raw_sql("SET TimeZone = 'UTC'")
+            backend.raw_sql("SET enable_progress_bar = false")
+            yield Engine(backend)
+        finally:
+            backend.disconnect()
+
+
+@contextmanager
+def _disk_errors(file: Path) -> Iterator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.IOException as error:
+        raise StorageError(f"{file}: cannot be written: {error}") from None
+
+
+def _quoted(path: Path | str) -> str:
+    return str(path).replace("'", "''")

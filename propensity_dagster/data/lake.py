@@ -1,0 +1,212 @@
+"""The home folder and its parquet lake. Belongs here: where files are and how they are published.
+
+Every write goes to a temporary name in the same folder, is synced and renamed: readers see the old file or
+the new one, and a killed writer leaves a hidden temporary file that the next writer of that place removes.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from propensity_dagster.errors import ConfigError, DataContractError, StorageError
+
+ROW_GROUP = 131_072
+UNPLACED = "unplaced"
+"""Partition of an event log for rows whose day cannot be read or lies outside the calendar."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """PROPENSITY_HOME: everything the system writes lies below `root`."""
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls) -> "Home":
+        """The folder named by PROPENSITY_HOME, else ./.propensity."""
+        return cls(Path(os.environ.get("PROPENSITY_HOME") or ".propensity").resolve())
+
+    def ensure(self) -> "Home":
+        """Create the folder and prove that it can be written.
+
+        Raises:
+            StorageError: when it cannot.
+        """
+        probe = self.root / f".probe-{os.getpid()}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(
+                f"{self.root}: the home folder must be writable: {error.strerror}; "
+                "make it so, or set PROPENSITY_HOME to another folder"
+            ) from None
+        return self
+
+    def lake(self, campaign: str) -> "Lake":
+        """The tables of one campaign."""
+        return Lake(self.root / "lake" / campaign)
+
+    def reports(self, campaign: str) -> Path:
+        """Folder of the evaluation, its curves and plots."""
+        return self.root / "reports" / campaign
+
+    def candidates(self, campaign: str) -> Path:
+        """Folder of the models of the newest training run, one folder each."""
+        return self.root / "candidates" / campaign
+
+    @property
+    def synthetic(self) -> Path:
+        """Folder of generated worlds."""
+        return self.root / "synthetic"
+
+
+@dataclass(frozen=True)
+class Lake:
+    """The tables of one campaign: `<table>/day=2025-01-31/part.parquet`, one file per partition.
+
+    `column` is the partition's name: "day" for event logs, "snapshot" for snapshots.
+    """
+
+    root: Path
+
+    def file(self, table: str) -> Path:
+        """File of a table without partitions."""
+        return self.root / table / "part.parquet"
+
+    def partition(self, table: str, column: str, value: date | str) -> Path:
+        """File of one partition."""
+        return self.root / table / f"{column}={value}" / "part.parquet"
+
+    def partitions(self, table: str, column: str) -> list[date]:
+        """Dates of the partitions that exist, ascending."""
+        found = (path.parent.name.partition("=") for path in self.root.glob(f"{table}/{column}=*/part.parquet"))
+        return sorted(date.fromisoformat(value) for _, _, value in found if value != UNPLACED)
+
+    def existing(self, table: str) -> Path:
+        """File of a table without partitions.
+
+        Raises:
+            DataContractError: when it has not been published yet.
+        """
+        return _existing(self.file(table), table)
+
+    def existing_partition(self, table: str, column: str, value: date | str) -> Path:
+        """File of one partition.
+
+        Raises:
+            DataContractError: when it has not been published yet.
+        """
+        return _existing(self.partition(table, column, value), f"{table} {column}={value}")
+
+    def existing_days(self, table: str, days: Sequence[date]) -> list[Path]:
+        """Files of these days.
+
+        Raises:
+            DataContractError: naming the missing days; a gap would silently lower every count.
+        """
+        files = [self.partition(table, "day", day) for day in days]
+        missing = [day for day, file in zip(days, files, strict=True) if not file.exists()]
+        if missing:
+            some = ", ".join(map(str, missing[:3])) + (" ..." if len(missing) > 3 else "")
+            raise DataContractError(
+                f"{table}: {len(missing)} of {len(days)} days from {days[0]} to {days[-1]} have not been "
+                f"ingested: {some}. Materialize {table} for them first"
+            )
+        return files
+
+
+def _existing(file: Path, what: str) -> Path:
+    if not file.exists():
+        raise DataContractError(f"{what} has not been materialized yet: there is no {file}")
+    return file
+
+
+@contextmanager
+def publishing(file: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success sync it and rename it to `file`, else remove it.
+
+    Raises:
+        StorageError: when the disk is full or not writable; `file` is then unchanged.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a killed writer
+            leftover.unlink(missing_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, file)
+        _sync(file.parent)
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def publishing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on success it takes the place of `folder`, else it is removed."""
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in [*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        for path in [*staging.rglob("*"), staging]:
+            _sync(path)
+        if folder.exists():
+            os.replace(folder, retired)
+        os.replace(staging, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def publish_table(table: pa.Table, file: Path) -> None:
+    """Write one Arrow table as one parquet file. Equal tables give equal bytes."""
+    with publishing(file) as temporary:
+        write_parquet(table, temporary)
+
+
+def write_parquet(table: pa.Table, file: Path) -> None:
+    """Write one Arrow table with the lake's compression and row groups."""
+    pq.write_table(table, file, compression="zstd", row_group_size=ROW_GROUP)
+
+
+def publish_text(text: str, file: Path) -> None:
+    """Write one text file."""
+    with publishing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def require_folder(path: Path, what: str) -> Path:
+    """Return `path` if it is a folder.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"{what}: there is no folder {path}")
+    return path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,256 @@
+"""Opening a campaign's source and reading its declared columns. Belongs here: nothing about contracts.
+
+A connection is a folder of parquet or CSV files (`orders.parquet`, `orders.csv`, or a folder `orders/`),
+`duckdb://file.duckdb`, or `synthetic://world`.
+"""
+
+import difflib
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import TypeVar
+
+import duckdb
+import ibis
+import sqlglot
+import sqlglot.expressions as sge
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.lake import Home
+from propensity_dagster.errors import ConfigError, DataContractError, SourceError
+from propensity_dagster.synthetic import is_synthetic, open_world
+
+T = TypeVar("T")
+_RETRIES = 4
+_FIRST_PAUSE_SECONDS = 0.5
+_DUCKDB = "duckdb://"
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """The event days a campaign covers, both inclusive. `last` is None while the log goes on."""
+
+    first: date
+    last: date | None
+
+
+def campaign_calendar(campaign: Campaign) -> Calendar:
+    """First and last event day, from the file or from the synthetic world."""
+    source = campaign.source
+    if is_synthetic(source.connection):
+        config = open_world(source.connection, Path()).config
+        return Calendar(source.first_day or config.first_day, source.last_day or config.last_day)
+    if source.first_day is None:
+        raise ConfigError(f"{campaign.file}: source.first_day is required")
+    return Calendar(source.first_day, source.last_day)
+
+
+def source_folder(campaign: Campaign, home: Home) -> Path | None:
+    """The folder of files a campaign reads, or None for a database. Makes a synthetic world on first use.
+
+    Raises:
+        SourceError: when the folder is not there.
+    """
+    connection = expand_variables(campaign)
+    if is_synthetic(connection):
+        world = open_world(connection, home.synthetic)
+        home.synthetic.mkdir(parents=True, exist_ok=True)
+        world.ensure()
+        return world.tables
+    if connection.startswith(_DUCKDB):
+        return None
+    if "://" in connection:
+        raise ConfigError(
+            f"{campaign.file}: source.connection: unknown kind {connection.partition('://')[0]!r}; allowed are "
+            "a folder of parquet or CSV files, duckdb:// and synthetic://"
+        )
+    return _resolve(campaign, connection)
+
+
+def open_table(
+    campaign: Campaign, table: str, as_text: Sequence[str], home: Home, engine: Engine
+) -> ibis.Table:
+    """A declared table of the source, as it is; in CSV files the columns `as_text` are not interpreted.
+
+    Raises:
+        SourceError: when it is not there or cannot be read after some retries.
+    """
+    folder = source_folder(campaign, home)
+    if folder is not None:
+        return with_retries(lambda: _open_files(campaign, folder, table, as_text, engine), f"{campaign.file}: {table}")
+    path = _resolve(campaign, expand_variables(campaign).removeprefix(_DUCKDB))
+    return with_retries(lambda: _open_duckdb(campaign, path, table, engine), f"{campaign.file}: {table}")
+
+
+def select_declared(
+    campaign: Campaign,
+    where: str,
+    table: ibis.Table,
+    engine: Engine,
+    declared: list[str],
+    derive: dict[str, str],
+    row_filter: str | None,
+) -> ibis.Table:
+    """The declared columns of the rows that pass the filter; derived columns are SQL expressions.
+
+    The result also holds every column an expression reads, so that equal rows are equal in the source.
+
+    Raises:
+        ConfigError: for an expression that is not one, or that reads a column that is not there.
+        DataContractError: for a declared column that is not there.
+    """
+    expressions = {name: parse_expression(campaign, f"{where}.derive.{name}", sql) for name, sql in derive.items()}
+    condition = parse_expression(campaign, f"{where}.where", row_filter) if row_filter else None
+    available = list(table.columns)
+    read: list[str] = [name for name in declared if name not in derive]
+    for name, expression in expressions.items():
+        _check_columns(campaign, f"{where}.derive.{name}", _columns_of(expression), available, ConfigError)
+        read += _columns_of(expression)
+    if condition is not None:
+        known = [*available, *derive]
+        _check_columns(campaign, f"{where}.where", _columns_of(condition), known, ConfigError)
+        read += [name for name in _columns_of(condition) if name not in derive]
+    _check_columns(campaign, where, read, available, DataContractError)
+    selected = table.select(*dict.fromkeys(read))
+    if not expressions and condition is None:
+        return selected
+    name = engine.backend.create_view(ibis.util.gen_name("source"), selected, temp=True).get_name()
+    columns = ["*", *(f'({e.sql("duckdb")}) AS "{n}"' for n, e in expressions.items())]
+    query = f'SELECT {", ".join(columns)} FROM "{name}"'
+    if condition is not None:
+        query = f"SELECT * FROM ({query}) AS derived WHERE {condition.sql('duckdb')}"
+    return engine.backend.sql(query, dialect="duckdb")
+
+
+def parse_expression(campaign: Campaign, where: str, sql: str) -> sge.Expr:
+    """One scalar SQL expression, in DuckDB's dialect.
+
+    Raises:
+        ConfigError: for anything else: a statement, a sub-query, text that does not parse.
+    """
+    try:
+        expression = sqlglot.parse_one(sql, dialect="duckdb")
+    except sqlglot.errors.ParseError as error:
+        reason = error.errors[0]["description"] if error.errors else str(error)
+        raise ConfigError(f"{campaign.file}: {where}: not an SQL expression: {sql!r} ({reason})") from None
+    forbidden = (sge.Query, sge.DDL, sge.DML, sge.Command, sge.AggFunc, sge.Window)
+    if isinstance(expression, forbidden) or expression.find(*forbidden):
+        raise ConfigError(f"{campaign.file}: {where}: must be one expression on one row's columns, got {sql!r}")
+    return expression
+
+
+def with_retries(read: Callable[[], T], what: str) -> T:
+    """Call `read`; on a passing input or output error wait and try again, four times with doubled pauses.
+
+    Raises:
+        SourceError: with the last error, when none succeeded.
+    """
+    pause = _FIRST_PAUSE_SECONDS
+    for attempt in range(_RETRIES):
+        try:
+            return read()
+        except (OSError, duckdb.IOException) as error:
+            if attempt == _RETRIES - 1:
+                reason = str(error).splitlines()[0]
+                raise SourceError(f"{what}: cannot be read after {_RETRIES} attempts: {reason}") from None
+            time.sleep(pause)
+            pause *= 2
+    raise AssertionError("unreachable: the loop returns or raises")
+
+
+def expand_variables(campaign: Campaign) -> str:
+    """The connection with ${NAME} or ${NAME:-default} taken from the environment.
+
+    Raises:
+        ConfigError: for a variable that is not set and has no default.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        found = os.environ.get(name, default)
+        if found is None:
+            raise ConfigError(
+                f"{campaign.file}: source.connection: the environment variable {name} is not set"
+            )
+        return found
+
+    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, campaign.source.connection)
+
+
+def _resolve(campaign: Campaign, connection: str) -> Path:
+    """A path of the campaign file: beside the file first, then below the working directory."""
+    tried = [(base / connection).resolve() for base in (campaign.file.parent, Path.cwd())]
+    for path in tried:
+        if path.exists():
+            return path
+    raise SourceError(
+        f"{campaign.file}: source.connection: {connection!r} is not there; tried {tried[0]} and {tried[1]}"
+    )
+
+
+def _open_files(
+    campaign: Campaign, folder: Path, table: str, as_text: Sequence[str], engine: Engine
+) -> ibis.Table:
+    for suffix, read in ((".parquet", _read_parquet), (".csv", _read_csv)):
+        single = folder / f"{table}{suffix}"
+        files = [single] if single.is_file() else sorted((folder / table).glob(f"**/*{suffix}"))
+        if files:
+            try:
+                return read([str(file) for file in files], as_text, engine)
+            except duckdb.InvalidInputException as error:
+                raise SourceError(f"{campaign.file}: table {table!r}: not readable {suffix[1:]}: {error}") from None
+    names = sorted({path.stem for path in folder.iterdir() if not path.name.startswith(".")})
+    raise SourceError(
+        f"{campaign.file}: table {table!r} is not in {folder}; there are {', '.join(names) or 'no files'}"
+    )
+
+
+def _read_parquet(paths: list[str], as_text: Sequence[str], engine: Engine) -> ibis.Table:
+    del as_text  # parquet has types of its own
+    return engine.backend.read_parquet(paths, hive_partitioning=False)
+
+
+def _read_csv(paths: list[str], as_text: Sequence[str], engine: Engine) -> ibis.Table:
+    """Types are decided by every value, not a sample; times and keys stay text.
+
+    DuckDB would read the key 00123 as 123, and drop the zone of 2024-01-01T00:00:00+02:00 without a word.
+    """
+    columns = engine.backend.read_csv(paths, all_varchar=True, hive_partitioning=False).columns
+    types = {name: "VARCHAR" for name in as_text if name in columns}
+    return engine.backend.read_csv(paths, types=types or None, sample_size=-1, hive_partitioning=False)
+
+
+def _open_duckdb(campaign: Campaign, path: Path, table: str, engine: Engine) -> ibis.Table:
+    attached = "source_database"
+    engine.backend.raw_sql(f"ATTACH IF NOT EXISTS '{str(path).replace(chr(39), chr(39) * 2)}' AS {attached} (READ_ONLY)")
+    names = engine.backend.list_tables(database=(attached, "main"))
+    if table not in names:
+        raise SourceError(
+            f"{campaign.file}: table {table!r} is not in {path}; there are {', '.join(names) or 'none'}"
+        )
+    return engine.backend.table(table, database=(attached, "main"))
+
+
+def _columns_of(expression: sge.Expr) -> list[str]:
+    return [column.name for column in expression.find_all(sge.Column)]
+
+
+def _check_columns(
+    campaign: Campaign,
+    where: str,
+    wanted: list[str],
+    available: list[str],
+    error: type[ConfigError] | type[DataContractError],
+) -> None:
+    for name in wanted:
+        if name not in available:
+            close = difflib.get_close_matches(name, available, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise error(
+                f"{campaign.file}: {where}: there is no column {name!r}; {hint}there are {', '.join(available)}"
+            )

@@ -1,0 +1,45 @@
+"""The errors a user can meet. Nothing but exceptions belongs here.
+
+PropensityError
+├── ConfigError             a campaign file, a setting or a command line is wrong
+├── SourceError             a source cannot be opened or read
+├── DataContractError       data break what the campaign or a table promises
+│   └── LeakageError        something would see what could not have been known
+├── InsufficientDataError   too little history, too few converters
+├── SavedModelError         a saved model is cut short, tampered with or unknown
+└── StorageError            the home folder cannot be written
+
+Every message says what came, what was wanted, what is allowed, and where.
+"""
+
+
+class PropensityError(Exception):
+    """Base of every error that is the user's to mend."""
+
+
+class ConfigError(PropensityError):
+    """A campaign file, a setting or a command line is wrong."""
+
+
+class SourceError(PropensityError):
+    """A source cannot be opened or read."""
+
+
+class DataContractError(PropensityError):
+    """Data break what the campaign or a table promises."""
+
+
+class LeakageError(DataContractError):
+    """Something would see what could not have been known at the time."""
+
+
+class InsufficientDataError(PropensityError):
+    """Too little history, or too few converters, to learn or to judge."""
+
+
+class SavedModelError(PropensityError):
+    """A saved model is cut short, tampered with or of an unknown kind."""
+
+
+class StorageError(PropensityError):
+    """The home folder cannot be written."""

@@ -1,0 +1,206 @@
+"""The evaluation of one training run: everything that is known about the models on the test snapshots.
+
+It receives scores and labels. Belongs here: assembling metrics, curves, segments and value into one record.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.evaluation.bootstrap import REPLICATES, Floats, Ints, estimate, replicate_metrics
+from propensity_dagster.evaluation.gate import CONSTANT, Decision, decide
+from propensity_dagster.evaluation.metrics import DECILES, METRICS, Judged, Weighted, decile_gains, gains
+from propensity_dagster.evaluation.value import break_even, break_even_totals
+
+ORACLE, CHAMPION = "oracle", "champion"
+_GAINS, _BREAK_EVEN = "decile_gains", "break_even_totals"
+_SEGMENT_METRICS = {name: METRICS[name] for name in ("log_loss", "auc", "calibration_error", "top_decile_lift")}
+_GAIN_POINTS = np.arange(1, 101) / 100
+
+
+@dataclass(frozen=True)
+class TestScores:
+    """Scores of the test rows by every model, as log-odds, with what is needed to judge them.
+
+    Attributes:
+        y: outcomes (n,) of 0 and 1.
+        entity: entity code (n,) from 0.
+        log_odds: per model (n,): the candidates, "champion" if there is one, "oracle" on synthetic data.
+        segments: per segment column, the value of each row as text (n,).
+        training_rate: conversion rate of the training rows: what the constant forecasts.
+    """
+
+    y: Floats
+    entity: Ints
+    log_odds: Mapping[str, Floats]
+    segments: Mapping[str, NDArray[np.object_]]
+    training_rate: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`record` is the JSON; `tables` are the curves; `replicated` feeds the gate."""
+
+    record: dict[str, Any]
+    tables: dict[str, pa.Table]
+    decision: Decision
+
+
+def evaluate(
+    campaign: Campaign,
+    scores: TestScores,
+    challenger: str,
+    saved_difference: float,
+    facts: dict[str, Any],
+    replicates: int = REPLICATES,
+) -> Evaluation:
+    """Judge every model on the test rows and decide whether the challenger is to be promoted.
+
+    Args:
+        campaign: gives seed, gate limits and money.
+        scores: forecasts and outcomes of the test rows.
+        challenger: the candidate chosen on validation data.
+        saved_difference: see `gate.decide`.
+        facts: what else belongs into the record (snapshots, validation losses, ...).
+        replicates: bootstrap resamples of entities.
+    """
+    constant = np.full(len(scores.y), np.log(scores.training_rate) - np.log1p(-scores.training_rate))
+    log_odds = {CONSTANT: constant, **scores.log_odds}
+    models = {name: Judged(z, scores.y) for name, z in log_odds.items()}
+    extended = {**METRICS, _GAINS: decile_gains, _BREAK_EVEN: break_even_totals(campaign.value)}
+    replicated = replicate_metrics(models, scores.entity, replicates, campaign.seed, extended)
+    segments = _segments(campaign, scores, models, challenger, replicates)
+    champion = CHAMPION if CHAMPION in models else None
+    decision = decide(challenger, champion, replicated, segments[challenger], saved_difference, campaign.gate)
+    record = {
+        **facts,
+        "campaign": campaign.name,
+        "rows": len(scores.y),
+        "converted": int(scores.y.sum()),
+        "outcome_rate": float(scores.y.mean()),
+        "challenger": challenger,
+        "models": {
+            name: {metric: estimate(found[metric]).to_json() for metric in METRICS}
+            for name, found in replicated.items()
+        },
+        "comparisons": _comparisons(challenger, replicated),
+        "deciles": _deciles(replicated),
+        "threshold": _threshold(campaign, replicated),
+        "segments": segments,
+        "decision": decision.to_json(),
+        "bootstrap": {"unit": "entity", "replicates": replicates, "seed": campaign.seed, "interval": 0.95},
+    }
+    return Evaluation(record, _tables(models, record), decision)
+
+
+def _comparisons(challenger: str, replicated: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
+    """Challenger minus each other model, on the same resamples."""
+    return {
+        other: {
+            metric: estimate(replicated[challenger][metric] - values).to_json()
+            for metric, values in found.items()
+            if metric in ("log_loss", "auc", "average_precision", "top_decile_lift")
+        }
+        for other, found in replicated.items()
+        if other != challenger
+    }
+
+
+def _deciles(replicated: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
+    """Recall, precision and lift when contacting the best 10%, 20%, ... of the rows."""
+    found: dict[str, Any] = {}
+    for name, metrics in replicated.items():
+        _, _, converters, rows = metrics[_BREAK_EVEN].T
+        recall = metrics[_GAINS]
+        found[name] = [
+            {
+                "contacted": float(fraction),
+                "recall": estimate(recall[:, i]).to_json(),
+                "precision": estimate(recall[:, i] / fraction * converters / rows).to_json(),
+                "lift": estimate(recall[:, i] / fraction).to_json(),
+            }
+            for i, fraction in enumerate(DECILES)
+        ]
+    return found
+
+
+def _threshold(campaign: Campaign, replicated: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
+    """The same at the break-even probability, with the profit it would have brought on the test rows."""
+    value = campaign.value
+    found: dict[str, Any] = {}
+    for name, metrics in replicated.items():
+        contacted, hits, converters, rows = metrics[_BREAK_EVEN].T
+        profit = hits * value.margin_per_conversion - contacted * value.cost_per_contact
+        with np.errstate(invalid="ignore", divide="ignore"):  # nobody above break-even: no precision
+            found[name] = {
+                "contacted": estimate(contacted / rows).to_json(),
+                "precision": estimate(hits / contacted).to_json(),
+                "recall": estimate(hits / converters).to_json(),
+                "lift": estimate((hits / contacted) / (converters / rows)).to_json(),
+                "profit": estimate(profit).to_json(),
+            }
+    return {"probability": break_even(value), "models": found}
+
+
+def _segments(
+    campaign: Campaign, scores: TestScores, models: Mapping[str, Judged], challenger: str, replicates: int
+) -> dict[str, dict[str, Any]]:
+    """Metrics within each segment value, of the challenger and what it is measured against."""
+    chosen = [name for name in (challenger, "baseline", CONSTANT, ORACLE) if name in models]
+    found: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    for column, values in scores.segments.items():
+        for value in sorted(set(values.tolist())):
+            rows = values == value
+            y = scores.y[rows]
+            within = {name: Judged(models[name].z[rows], y) for name in chosen}
+            entity = np.unique(scores.entity[rows], return_inverse=True)[1]
+            replicated = replicate_metrics(within, entity, replicates, campaign.seed, _SEGMENT_METRICS)
+            for name in chosen:
+                found[name][f"{column}={value}"] = {
+                    "rows": int(rows.sum()),
+                    "converted": int(y.sum()),
+                    **{metric: estimate(v).to_json() for metric, v in replicated[name].items()},
+                }
+    return found
+
+
+def _tables(models: Mapping[str, Judged], record: Mapping[str, Any]) -> dict[str, pa.Table]:
+    ones = np.ones((1, len(next(iter(models.values())).y)))
+    gain_rows, calibration_rows, decile_rows = [], [], []
+    for name, judged in models.items():
+        weighted = Weighted(judged, ones)
+        curve = gains(weighted, _GAIN_POINTS)[0]
+        gain_rows += [
+            {"model": name, "contacted": float(x), "converters_found": float(g)}
+            for x, g in zip(_GAIN_POINTS, curve, strict=True)
+        ]
+        n, forecast, rate = (values[0] for values in weighted.bins)
+        calibration_rows += [
+            {"model": name, "bin": i, "rows": int(n[i]), "mean_probability": float(forecast[i]), "rate": float(rate[i])}
+            for i in range(len(n))
+            if n[i]
+        ]
+        for row in record["deciles"][name]:
+            flat = {"model": name, "contacted": row["contacted"]}
+            for metric in ("recall", "precision", "lift"):
+                flat |= {f"{metric}_{part}" if part != "value" else metric: v for part, v in row[metric].items()}
+            decile_rows.append(flat)
+    segment_rows = [
+        {"model": name, "segment": segment, "rows": s["rows"], "converted": s["converted"]}
+        | {m: s[m]["value"] for m in _SEGMENT_METRICS}
+        for name, found in record["segments"].items()
+        for segment, s in found.items()
+    ]
+    tables = {
+        "gain_curve": pa.Table.from_pylist(gain_rows),
+        "calibration_curve": pa.Table.from_pylist(calibration_rows),
+        "deciles": pa.Table.from_pylist(decile_rows),
+    }
+    if segment_rows:
+        tables["segments"] = pa.Table.from_pylist(segment_rows)
+    return tables

@@ -1,0 +1,141 @@
+"""The promotion gate: a decision with its numbers, never a threshold on one metric.
+
+Belongs here: what a challenger must satisfy, in words and numbers. Does not: where models are kept.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from propensity_dagster.campaign import Gate
+from propensity_dagster.evaluation.bootstrap import Floats, lower_bound, upper_bound
+
+CONSTANT = "constant"
+_MIN_SEGMENT_ROWS = 100
+_MIN_SEGMENT_CONVERTERS = 10
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One demand: what was found, what was wanted."""
+
+    name: str
+    passed: bool
+    found: str
+    wanted: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether the challenger becomes the champion, and why."""
+
+    challenger: str
+    references: tuple[str, ...]
+    promoted: bool
+    criteria: tuple[Criterion, ...]
+
+    @property
+    def sentence(self) -> str:
+        """The decision in one sentence."""
+        against = " and ".join(self.references)
+        if self.promoted:
+            return f"{self.challenger} is promoted: it beats {against} on all {len(self.criteria)} criteria"
+        failed = [c for c in self.criteria if not c.passed]
+        reasons = "; ".join(f"{c.name}: {c.found}, wanted {c.wanted}" for c in failed)
+        return f"{self.challenger} is not promoted: {reasons}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "sentence": self.sentence}
+
+
+def decide(
+    challenger: str,
+    champion: str | None,
+    replicated: Mapping[str, Mapping[str, Floats]],
+    segments: Mapping[str, Mapping[str, Any]],
+    saved_difference: float,
+    limits: Gate,
+) -> Decision:
+    """Judge a challenger against the champion (if there is one), the baseline and the constant.
+
+    Args:
+        challenger: the model with the lowest cross-validated validation log loss; test rows had no say.
+        champion: name under which the present champion was judged on the same rows, if any.
+        replicated: per model, per metric: estimate first, then paired bootstrap replicates.
+        segments: per segment value: rows, converted, and the challenger's AUC estimate.
+        saved_difference: largest difference in log-odds between the model in memory and as saved.
+        limits: the campaign's limits.
+    """
+    references = [*([champion] if champion else []), "baseline", CONSTANT]
+    references = [name for name in references if name != challenger]
+    criteria = [_beats(challenger, reference, replicated, limits) for reference in references]
+    ranked = [name for name in references if name != CONSTANT]
+    criteria += [_keeps_lift(challenger, reference, replicated, limits) for reference in ranked]
+    criteria += _is_calibrated(challenger, replicated, limits)
+    criteria.append(_no_segment_collapses(segments, limits))
+    criteria.append(
+        Criterion("saved model", saved_difference <= 1e-6, f"differs by {saved_difference:.2g}", "at most 1e-06")
+    )
+    return Decision(challenger, tuple(references), all(c.passed for c in criteria), tuple(criteria))
+
+
+def _beats(challenger: str, reference: str, replicated: Mapping[str, Mapping[str, Floats]], limits: Gate) -> Criterion:
+    difference = replicated[challenger]["log_loss"] - replicated[reference]["log_loss"]
+    bound = upper_bound(difference, limits.confidence)
+    return Criterion(
+        f"log loss against {reference}",
+        bound < 0,
+        f"{difference[0]:+.5f}, {limits.confidence:.0%} bound {bound:+.5f}",
+        "bound below 0",
+    )
+
+
+def _keeps_lift(
+    challenger: str, reference: str, replicated: Mapping[str, Mapping[str, Floats]], limits: Gate
+) -> Criterion:
+    difference = replicated[challenger]["top_decile_lift"] - replicated[reference]["top_decile_lift"]
+    bound = lower_bound(difference, limits.confidence)
+    return Criterion(
+        f"top-decile lift against {reference}",
+        bound >= -limits.lift_margin,
+        f"{difference[0]:+.2f}, {limits.confidence:.0%} bound {bound:+.2f}",
+        f"bound at least {-limits.lift_margin:.2f}",
+    )
+
+
+def _is_calibrated(challenger: str, replicated: Mapping[str, Mapping[str, Floats]], limits: Gate) -> list[Criterion]:
+    slope, intercept, error = (
+        float(replicated[challenger][name][0])
+        for name in ("calibration_slope", "calibration_intercept", "calibration_error")
+    )
+    low, high = limits.slope
+    return [
+        Criterion("calibration slope", low <= slope <= high, f"{slope:.2f}", f"between {low} and {high}"),
+        Criterion(
+            "calibration in the large",
+            abs(intercept) <= limits.max_intercept,
+            f"{intercept:+.2f}",
+            f"within {limits.max_intercept} of 0",
+        ),
+        Criterion(
+            "expected calibration error",
+            error <= limits.max_calibration_error,
+            f"{error:.4f}",
+            f"at most {limits.max_calibration_error}",
+        ),
+    ]
+
+
+def _no_segment_collapses(segments: Mapping[str, Mapping[str, Any]], limits: Gate) -> Criterion:
+    """A segment collapses when even the upper end of its AUC's interval lies below the limit."""
+    judged = {
+        name: s
+        for name, s in segments.items()
+        if s["rows"] >= _MIN_SEGMENT_ROWS
+        and min(s["converted"], s["rows"] - s["converted"]) >= _MIN_SEGMENT_CONVERTERS
+        and s["auc"]["high"] is not None
+    }
+    collapsed = [n for n, s in judged.items() if s["auc"]["high"] < limits.min_segment_auc]
+    found = f"{', '.join(collapsed)} collapsed" if collapsed else f"none of {len(judged)} collapsed"
+    return Criterion("segments", not collapsed, found, f"AUC interval reaching {limits.min_segment_auc}")

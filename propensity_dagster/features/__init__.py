@@ -1,0 +1,1 @@
+"""Daily activity, point-in-time features, labels and eligibility, as Ibis expressions."""

@@ -1,0 +1,245 @@
+"""Point-in-time features and labels. Belongs here: what may be seen at a snapshot, and nothing later.
+
+`as_of` is required everywhere. Features of snapshot t read activity with day < t - late_days that was known
+before t; labels read days in [t + gap, t + gap + horizon).
+"""
+
+import logging
+from dataclasses import dataclass
+from datetime import date, timedelta
+from functools import reduce
+from typing import Any
+
+import ibis
+import ibis.expr.types as ir
+
+from propensity_dagster.campaign import Campaign, Stream
+from propensity_dagster.data import coerce
+from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.ingest import day_index, days_between, newest_event_day
+from propensity_dagster.data.lake import Home
+from propensity_dagster.data.sources import campaign_calendar
+from propensity_dagster.errors import DataContractError, InsufficientDataError
+from propensity_dagster.features.activity import ACTIVITY, CATEGORIES, activity_columns
+from propensity_dagster.features.definitions import ALL, Feature, define_features
+
+logger = logging.getLogger(__name__)
+
+ENTITIES = "entities"
+AsOf = date | ir.IntegerValue
+"""A snapshot, or the engine's variable that stands for one (see `Engine.day_variable`)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What features are computed from, as engine tables, and the feature list."""
+
+    entities: ibis.Table
+    activity: ibis.Table
+    categories: ibis.Table | None
+    features: list[Feature]
+
+
+def build_features(campaign: Campaign, inputs: Inputs, *, as_of: AsOf) -> ibis.Table:
+    """Features of every eligible entity at snapshot `as_of`, one row each, sorted by key."""
+    cut = _day(as_of) - campaign.source.late_days
+    known = inputs.activity.filter((inputs.activity.known_day < _day(as_of)) & (inputs.activity.day < cut))
+    parts = [_window(campaign, known, cut - w, f"{w}d") for w in campaign.features.windows_days]
+    parts.append(_lifetime(campaign, known))
+    recent = known.filter(known.day >= cut - campaign.longest_window)
+    parts += [_rhythm(campaign, recent, name) for name, s in campaign.source.streams.items() if not s.type]
+    if inputs.categories is not None:
+        parts += _distinct(campaign, inputs.categories, as_of=as_of)
+    entities = _known_entities(campaign, inputs.entities, as_of=as_of)
+    joined = reduce(lambda left, right: _left_join(left, right, campaign.key), parts, entities)
+    eligible = joined.filter(_eligible(campaign, joined, cut, as_of=as_of))
+    columns = {feature.name: feature.expression(eligible) for feature in inputs.features}
+    return eligible.select(campaign.key, **columns).order_by(campaign.key)
+
+
+def build_labels(
+    campaign: Campaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf
+) -> ibis.Table:
+    """Whether each entity of `scored` converted in the outcome window of snapshot `as_of`, sorted by key."""
+    start = _day(as_of) + campaign.outcome.gap_days
+    end = start + campaign.outcome.horizon_days
+    window = activity.filter((activity.day >= start) & (activity.day < end))
+    outcomes = window.group_by(campaign.key).aggregate(outcome_count=window.outcome_count.sum().cast("int64"))
+    joined = _left_join(scored.select(campaign.key), outcomes, campaign.key)
+    count = joined.outcome_count.fill_null(0).cast("int64")
+    return joined.select(campaign.key, converted=count > 0, outcome_count=count).order_by(campaign.key)
+
+
+def is_mature(campaign: Campaign, newest: date, *, as_of: date) -> bool:
+    """Whether the whole outcome window, and the days events may be late, lie before the newest event day."""
+    return as_of + timedelta(days=campaign.outcome_end_days + campaign.source.late_days) <= newest
+
+
+def newest_mature(campaign: Campaign, home: Home) -> date:
+    """The newest snapshot whose labels exist."""
+    newest = newest_event_day(campaign, home)
+    return newest - timedelta(days=campaign.outcome_end_days + campaign.source.late_days)
+
+
+def entity_table(campaign: Campaign) -> str:
+    """Lake table of the entities: the validated customer table, or the one derived from a stream."""
+    table = campaign.source.entities.table
+    return f"validated_{table}" if table else ENTITIES
+
+
+def derive_entities(campaign: Campaign, home: Home, engine: Engine) -> int:
+    """Everybody seen in the entity stream becomes an entity, created with the first event. Returns the number.
+
+    Attributes are those of the first event, so that they too were known at creation.
+    """
+    name = campaign.source.entities.stream or ""
+    lake = home.lake(campaign.name)
+    days = lake.partitions(f"validated_{name}", "day")
+    if not days:
+        raise DataContractError(f"{ENTITIES}: validated_{name} has not been materialized yet")
+    events = engine.read(lake.existing_days(f"validated_{name}", days))
+    stream = campaign.source.streams[name]
+    known = ibis.greatest(events.time, events.ingested_at) if stream.ingested_at else events.time
+    columns: dict[str, Any] = {"created_at": known.min()}
+    for attribute in campaign.source.entities.attributes:
+        columns[attribute] = events[f"category_{attribute}"].argmin(events.time)
+    entities = events.group_by(campaign.key).aggregate(**columns).order_by(campaign.key)
+    engine.publish(entities, lake.file(ENTITIES))
+    return engine.read(lake.file(ENTITIES)).count().execute()
+
+
+def open_inputs(
+    campaign: Campaign, home: Home, engine: Engine, *, first: date, last: date, with_outcomes: bool
+) -> Inputs:
+    """The entities and the activity that snapshots from `first` to `last` need.
+
+    Args:
+        campaign: the campaign.
+        home: where the lake is.
+        engine: where to compute.
+        first: oldest snapshot.
+        last: newest snapshot.
+        with_outcomes: also the days of the newest snapshot's outcome window.
+
+    Raises:
+        DataContractError: when a day in between has not been ingested.
+    """
+    lake = home.lake(campaign.name)
+    start = campaign_calendar(campaign).first
+    if first <= start:
+        raise InsufficientDataError(
+            f"{campaign.file}: snapshot {first} has no history: the event logs start on {start}"
+        )
+    end = last + timedelta(days=campaign.outcome_end_days - 1 if with_outcomes else -1)
+    days = days_between(start, end)
+    entities = engine.read(lake.existing(entity_table(campaign)))
+    activity = engine.read(lake.existing_days(ACTIVITY, days))
+    has_categories = any(stream.categories for stream in campaign.source.streams.values())
+    categories = engine.read(lake.existing_days(CATEGORIES, days)) if has_categories else None
+    return Inputs(entities, activity, categories, campaign_features(campaign, entities))
+
+
+def campaign_features(campaign: Campaign, entities: ibis.Table) -> list[Feature]:
+    """The feature list, with attribute types as they were found in the data."""
+    types = {
+        name: "number" if entities[name].type().is_numeric() else "category"
+        for name in campaign.source.entities.attributes
+    }
+    return define_features(campaign, types)
+
+
+def _window(campaign: Campaign, known: ibis.Table, start: Any, suffix: str) -> ibis.Table:
+    """One narrow group-by: half the cost of one wide group-by over all windows."""
+    rows = known.filter(known.day >= start)
+    sums = _totals(campaign, rows, suffix)
+    if suffix == f"{campaign.longest_window}d":
+        for name, stream in campaign.source.streams.items():
+            if not stream.type:
+                sums[f"{name}__days_{suffix}"] = _active_days(rows, name, stream)
+    return rows.group_by(campaign.key).aggregate(**sums)
+
+
+def _active_days(rows: ibis.Table, name: str, stream: Stream) -> Any:
+    """Days with events. Without late knowledge an entity has one row a day, and a sum is far cheaper."""
+    active = rows[f"{name}__count"] > 0
+    return rows.day.nunique(where=active) if stream.ingested_at else active.sum().cast("int64")
+
+
+def _lifetime(campaign: Campaign, rows: ibis.Table) -> ibis.Table:
+    columns = _totals(campaign, rows, ALL)
+    for name, stream in campaign.source.streams.items():
+        happened = rows[f"{name}__count"] > 0
+        columns[f"{name}__last_{ALL}"] = rows.day.max(where=happened)
+        columns[f"{name}__first_{ALL}"] = rows.day.min(where=happened)
+        for kind in stream.types if stream.type else ():
+            columns[f"{name}__last_{kind}_{ALL}"] = rows.day.max(where=rows[f"{name}__type_{kind}"] > 0)
+    return rows.group_by(campaign.key).aggregate(**columns)
+
+
+def _totals(campaign: Campaign, rows: ibis.Table, suffix: str) -> dict[str, Any]:
+    return {
+        f"{column}_{suffix}": rows[column].max() if column.endswith("_max") else rows[column].sum().cast("int64")
+        for column in activity_columns(campaign)
+        if column != "outcome_count"
+    }
+
+
+def _rhythm(campaign: Campaign, recent: ibis.Table, name: str) -> ibis.Table:
+    """Number, sum and sum of squares of the days between consecutive days with events."""
+    days = recent.filter(recent[f"{name}__count"] > 0).select(campaign.key, "day").distinct()
+    previous = days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day"))
+    gaps = days.mutate(gap=(days.day - previous).cast("int64"))
+    return gaps.group_by(campaign.key).aggregate(
+        **{
+            f"{name}__gaps": gaps.gap.count(),
+            f"{name}__gap_sum": gaps.gap.sum().cast("int64"),
+            f"{name}__gap_squares": (gaps.gap * gaps.gap).sum().cast("int64"),
+        }
+    )
+
+
+def _distinct(campaign: Campaign, categories: ibis.Table, *, as_of: AsOf) -> list[ibis.Table]:
+    cut = _day(as_of) - campaign.source.late_days
+    rows = categories.filter(
+        (categories.day >= cut - campaign.longest_window)
+        & (categories.day < cut)
+        & (categories.known_day < _day(as_of))
+    )
+    names = [f"{n}_{c}" for n, stream in campaign.source.streams.items() for c in stream.categories]
+    return [
+        rows.filter(rows.feature == name)
+        .group_by(campaign.key)
+        .aggregate(**{f"distinct__{name}": ibis._.value.nunique()})
+        for name in names
+    ]
+
+
+def _known_entities(campaign: Campaign, entities: ibis.Table, *, as_of: AsOf) -> ibis.Table:
+    attributes = {f"attribute__{name}": entities[name] for name in campaign.source.entities.attributes}
+    created = coerce.day_number(entities.created_at)
+    known = entities.select(campaign.key, created_day=created, **attributes)
+    known = known.filter(known.created_day < _day(as_of))
+    return known.mutate(
+        tenure_days=(_day(as_of) - known.created_day).cast("int64"),
+        as_of=_day(as_of).cast("int32"),
+    )
+
+
+def _eligible(campaign: Campaign, joined: ibis.Table, cut: Any, *, as_of: AsOf) -> Any:
+    rule = campaign.eligibility
+    old_enough = joined.tenure_days >= rule.min_tenure_days
+    if rule.active_within_days is None:
+        return old_enough
+    streams = rule.streams or tuple(campaign.source.streams)
+    created = joined.created_day >= _day(as_of) - rule.active_within_days
+    active = [joined[f"{name}__last_{ALL}"] >= cut - rule.active_within_days for name in streams]
+    return old_enough & reduce(lambda a, b: a | b, (a.fill_null(False) for a in active), created)
+
+
+def _day(as_of: AsOf) -> Any:
+    return ibis.literal(day_index(as_of), "int32") if isinstance(as_of, date) else as_of
+
+
+def _left_join(left: ibis.Table, right: ibis.Table, key: str) -> ibis.Table:
+    joined = left.left_join(right, key)
+    return joined.drop(f"{key}_right") if f"{key}_right" in joined.columns else joined

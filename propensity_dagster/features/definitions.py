@@ -1,0 +1,199 @@
+"""The features of a campaign: name, meaning, type, window and expression, in one list.
+
+An expression reads the joined aggregates of `build.py`, whose columns are called
+`<activity column>_<window>` with window `7d`, `30d`, ... or `all`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import ibis.expr.types as ir
+
+from propensity_dagster.campaign import Campaign, Stream
+from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
+from propensity_dagster.errors import ConfigError
+
+DAYS_PER_MONTH = 30.4375
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of the features table. `window` is in days; None means no window applies."""
+
+    name: str
+    meaning: str
+    kind: str
+    window: str
+    stream: str
+    expression: Callable[[ir.Table], Any]
+
+
+def define_features(campaign: Campaign, attribute_types: dict[str, str]) -> list[Feature]:
+    """Every feature of a campaign, in the order of the table's columns.
+
+    Args:
+        campaign: the campaign.
+        attribute_types: "number" or "category" for each attribute of the entities.
+
+    Raises:
+        ConfigError: when `features.names` points at a feature that does not exist.
+    """
+    features = [
+        Feature("tenure_days", "days since the entity became known", "number", "", "", lambda x: x.tenure_days),
+        Feature(
+            "tenure_months",
+            "months (30.4375 days) since the entity became known",
+            "number",
+            "",
+            "",
+            lambda x: x.tenure_days.cast("float64") / DAYS_PER_MONTH,
+        ),
+    ]
+    for name, kind in attribute_types.items():
+        features.append(Feature(name, f"attribute {name}", kind, "", "", _column(f"attribute__{name}")))
+    for name, stream in campaign.source.streams.items():
+        features += _stream_features(campaign, name, stream)
+    known = {feature.name for feature in features}
+    for alias, target in campaign.features.names.items():
+        if target not in known:
+            raise ConfigError(
+                f"{campaign.file}: features.names.{alias}: there is no feature {target!r}; "
+                f"there are {', '.join(sorted(known))}"
+            )
+    return features
+
+
+def features_markdown(campaign: Campaign, features: list[Feature]) -> str:
+    """The generated documentation of the features table."""
+    alias = {target: name for name, target in campaign.features.names.items()}
+    lines = [
+        f"# Features of {campaign.name}",
+        "",
+        "All are as of the snapshot t: they use only events before t"
+        + (f" - {campaign.source.late_days} days" if campaign.source.late_days else "")
+        + ". A window of w days is [t - w, t).",
+        "",
+        "| name | meaning | type | window (days) | also called |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [f"| {f.name} | {f.meaning} | {f.kind} | {f.window} | {alias.get(f.name, '')} |" for f in features]
+    return "\n".join(lines) + "\n"
+
+
+def _stream_features(campaign: Campaign, name: str, stream: Stream) -> list[Feature]:
+    features: list[Feature] = []
+    windows = [*(f"{w}d" for w in campaign.features.windows_days), ALL]
+    longest = f"{campaign.longest_window}d"
+
+    def add(suffix: str, meaning: str, window: str, expression: Callable[[ir.Table], Any]) -> None:
+        shown = window.removesuffix("d")
+        features.append(Feature(f"{name}_{suffix}", meaning, "number", shown, name, expression))
+
+    add("recency_days", f"days since the last of {name}", ALL, _days_since(f"{name}__last_{ALL}"))
+    if stream.type:
+        _add_types(add, name, stream, windows)
+    else:
+        add("first_days", f"days since the first of {name}", ALL, _days_since(f"{name}__first_{ALL}"))
+        for window in windows:
+            add(f"count_{window}", f"number of {name}", window, _zero(f"{name}__count_{window}"))
+        add(f"active_days_{longest}", f"days with {name}", longest, _zero(f"{name}__days_{longest}"))
+        _add_rhythm(add, name, longest)
+        for short, long in pairwise(campaign.features.windows_days):
+            add(
+                f"momentum_{short}d_{long}d",
+                f"{name} a day in the last {short} days over {name} a day in the last {long}",
+                f"{long}d",
+                _momentum(f"{name}__count", short, long),
+            )
+    if stream.amount:
+        _add_measure(add, name, "amount", CENTS, windows)
+    for measure in stream.measures:
+        _add_measure(add, name, measure, THOUSANDTHS, windows)
+    for column in stream.categories:
+        add(
+            f"{column}_distinct_{longest}",
+            f"different {column} of {name}",
+            longest,
+            _zero(f"distinct__{name}_{column}"),
+        )
+    return features
+
+
+def _add_types(add: Callable[..., None], name: str, stream: Stream, windows: list[str]) -> None:
+    base, *others = stream.types
+    for kind in others:
+        last = _days_since(f"{name}__last_{kind}_{ALL}")
+        add(f"{kind}_recency_days", f"days since the last {kind} of {name}", ALL, last)
+    for window in windows:
+        for kind in stream.types:
+            add(f"{kind}_count_{window}", f"number of {kind} of {name}", window, _zero(f"{name}__type_{kind}_{window}"))
+        for kind in others:
+            parts = f"{name}__type_{kind}_{window}", f"{name}__type_{base}_{window}"
+            add(f"{kind}_rate_{window}", f"{kind} per {base} of {name}", window, _ratio(*parts))
+
+
+def _add_measure(add: Callable[..., None], name: str, measure: str, scale: int, windows: list[str]) -> None:
+    for window in windows:
+        total, count = f"{name}__{measure}_{window}", f"{name}__count_{window}"
+        add(f"{measure}_sum_{window}", f"sum of {measure} of {name}", window, _scaled(total, scale, zero=True))
+        add(f"{measure}_mean_{window}", f"mean {measure} of one of {name}", window, _mean(total, count, scale))
+        largest = _scaled(f"{name}__{measure}_max_{window}", scale, zero=False)
+        add(f"{measure}_max_{window}", f"largest {measure} of one of {name}", window, largest)
+
+
+def _add_rhythm(add: Callable[..., None], name: str, longest: str) -> None:
+    """Time between days with events, over the longest window; the sums are integers, so every engine agrees."""
+    gaps, total, squares = f"{name}__gaps", f"{name}__gap_sum", f"{name}__gap_squares"
+
+    def mean(x: ir.Table) -> Any:
+        return x[total].cast("float64") / x[gaps].nullif(0).cast("float64")
+
+    def deviation(x: ir.Table) -> Any:
+        n = x[gaps].cast("float64")
+        spread = x[squares].cast("float64") - x[total].cast("float64") * x[total].cast("float64") / n.nullif(0)
+        return (spread / (n - 1).nullif(0)).sqrt()
+
+    def overdue(x: ir.Table) -> Any:
+        since = x[f"{name}__last_{ALL}"]
+        return (x.as_of - since).cast("float64") / mean(x).nullif(0.0)
+
+    add("gap_mean_days", f"mean days between days with {name}", longest, mean)
+    add("gap_std_days", f"standard deviation of the days between days with {name}", longest, deviation)
+    add("overdue_ratio", f"days since the last of {name} over their mean gap", longest, overdue)
+
+
+def _column(name: str) -> Callable[[ir.Table], Any]:
+    return lambda x: x[name]
+
+
+def _zero(name: str) -> Callable[[ir.Table], Any]:
+    return lambda x: x[name].fill_null(0).cast("int64")
+
+
+def _days_since(name: str) -> Callable[[ir.Table], Any]:
+    return lambda x: (x.as_of - x[name]).cast("int64")
+
+
+def _ratio(part: str, whole: str) -> Callable[[ir.Table], Any]:
+    return lambda x: x[part].fill_null(0).cast("float64") / x[whole].nullif(0).cast("float64")
+
+
+def _mean(total: str, count: str, scale: int) -> Callable[[ir.Table], Any]:
+    return lambda x: x[total].cast("float64") / (x[count].nullif(0).cast("float64") * float(scale))
+
+
+def _scaled(name: str, scale: int, *, zero: bool) -> Callable[[ir.Table], Any]:
+    if zero:
+        return lambda x: x[name].fill_null(0).cast("float64") / float(scale)
+    return lambda x: x[name].cast("float64") / float(scale)
+
+
+def _momentum(count: str, short: int, long: int) -> Callable[[ir.Table], Any]:
+    def expression(x: ir.Table) -> Any:
+        recent = (x[f"{count}_{short}d"].fill_null(0) * long).cast("float64")
+        return recent / (x[f"{count}_{long}d"].nullif(0) * short).cast("float64")
+
+    return expression

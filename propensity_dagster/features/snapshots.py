@@ -1,0 +1,243 @@
+"""Publishing snapshots: features, labels, and the training set made of them."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.ingest import day_index
+from propensity_dagster.data.lake import Home, publish_table, publish_text
+from propensity_dagster.data.sources import campaign_calendar
+from propensity_dagster.errors import InsufficientDataError
+from propensity_dagster.evaluation.splits import (
+    EMBARGO,
+    TEST,
+    TRAIN,
+    SnapshotSplit,
+    plan_splits,
+    require_out_of_time,
+)
+from propensity_dagster.features.build import (
+    Inputs,
+    build_features,
+    build_labels,
+    is_mature,
+    newest_mature,
+    open_inputs,
+)
+from propensity_dagster.features.definitions import features_markdown
+
+logger = logging.getLogger(__name__)
+
+TRAINING_SET = "training_set"
+SPLITS = "splits"
+
+
+@dataclass(frozen=True)
+class FeaturesReport:
+    """Eligible entities per snapshot, and the number of features."""
+
+    rows_by_snapshot: dict[date, int]
+    features: int
+
+
+@dataclass(frozen=True)
+class LabelsReport:
+    """Labelled entities and converters per snapshot."""
+
+    rows_by_snapshot: dict[date, int]
+    converted_by_snapshot: dict[date, int]
+
+
+@dataclass(frozen=True)
+class TrainingSetReport:
+    """What the training set holds. `shared_entities`: share of test entities that also are in training."""
+
+    plan: list[SnapshotSplit]
+    rows: dict[str, int]
+    converted: dict[str, int]
+    shared_entities: float
+    newest_mature: date
+
+
+def publish_features(
+    campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine
+) -> FeaturesReport:
+    """Compute and publish `features` of these snapshots, reading the activity once."""
+    ordered = sorted(snapshots)
+    inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False)
+    return _publish_features(campaign, ordered, home, engine, _reused(inputs, ordered, engine, campaign))
+
+
+def publish_labels(campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine) -> LabelsReport:
+    """Publish `labels` of these snapshots for the entities that their `features` hold.
+
+    Raises:
+        InsufficientDataError: when one is not mature: its labels do not exist, they are not 0.
+    """
+    ordered = sorted(snapshots)
+    mature_until = newest_mature(campaign, home)
+    if ordered[-1] > mature_until:
+        raise InsufficientDataError(
+            f"{campaign.file}: labels of snapshot {ordered[-1]} do not exist yet: its outcome window of "
+            f"{campaign.outcome_end_days} days is not over; the newest mature snapshot is {mature_until}"
+        )
+    inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=True)
+    return _publish_labels(campaign, ordered, home, engine, _reused(inputs, ordered, engine, campaign))
+
+
+def publish_training_set(campaign: Campaign, home: Home, engine: Engine) -> TrainingSetReport:
+    """Plan the splits, publish features and labels of their snapshots, and join them into `training_set`.
+
+    Raises:
+        InsufficientDataError: for too little history, or a split without a converter or a non-converter.
+        LeakageError: never, unless the plan is broken: it is checked all the same.
+    """
+    newest = newest_mature(campaign, home)
+    stated = campaign.snapshots.newest
+    if stated is not None and not is_mature(campaign, _newest_event(newest, campaign), as_of=stated):
+        raise InsufficientDataError(
+            f"{campaign.file}: snapshots.newest: {stated} is not mature; the newest mature snapshot is {newest}"
+        )
+    plan = plan_splits(campaign, stated or newest, campaign_calendar(campaign).first)
+    require_out_of_time(plan)
+    used = [s.snapshot for s in plan if s.split != EMBARGO]
+    inputs = open_inputs(campaign, home, engine, first=used[0], last=used[-1], with_outcomes=True)
+    inputs = _reused(inputs, used, engine, campaign)
+    _publish_features(campaign, used, home, engine, inputs)
+    labels = _publish_labels(campaign, used, home, engine, inputs)
+    _require_both_outcomes(campaign, plan, labels)
+    _join(campaign, plan, home, engine)
+    return _describe(campaign, plan, labels, home, engine, newest)
+
+
+def snapshot_instant(snapshot: date) -> datetime:
+    """The instant a snapshot stands for: 00:00 UTC."""
+    return datetime(snapshot.year, snapshot.month, snapshot.day)
+
+
+def _newest_event(mature: date, campaign: Campaign) -> date:
+    return date.fromordinal(mature.toordinal() + campaign.outcome_end_days + campaign.source.late_days)
+
+
+def _reused(inputs: Inputs, snapshots: Sequence[date], engine: Engine, campaign: Campaign) -> Inputs:
+    """For several snapshots hold the activity in the engine, grouped by entity: one read, cheaper group-bys."""
+    if len(snapshots) < 3:
+        return inputs
+    activity = engine.cache(inputs.activity.order_by([campaign.key, "day"]))
+    categories = engine.cache(inputs.categories) if inputs.categories is not None else None
+    return Inputs(engine.cache(inputs.entities), activity, categories, inputs.features)
+
+
+def _publish_features(
+    campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
+) -> FeaturesReport:
+    lake = home.lake(campaign.name)
+    query = engine.prepare(build_features(campaign, inputs, as_of=engine.day_variable()))
+    rows: dict[date, int] = {}
+    for position, snapshot in enumerate(snapshots, start=1):
+        engine.set_day(day_index(snapshot))
+        file = lake.partition("features", "snapshot", snapshot)
+        engine.publish_query(query, file)
+        rows[snapshot] = pq.read_metadata(file).num_rows
+        logger.info(
+            "features %s: %s entities (%d of %d)", snapshot, f"{rows[snapshot]:,}", position, len(snapshots)
+        )
+    publish_text(features_markdown(campaign, inputs.features), home.reports(campaign.name) / "features.md")
+    return FeaturesReport(rows, len(inputs.features))
+
+
+def _publish_labels(
+    campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
+) -> LabelsReport:
+    lake = home.lake(campaign.name)
+    rows: dict[date, int] = {}
+    converted: dict[date, int] = {}
+    for snapshot in snapshots:
+        scored = engine.read(lake.existing_partition("features", "snapshot", snapshot))
+        labels = engine.arrow(build_labels(campaign, inputs.activity, scored, as_of=snapshot))
+        publish_table(labels, lake.partition("labels", "snapshot", snapshot))
+        rows[snapshot] = labels.num_rows
+        converted[snapshot] = int(labels["converted"].cast("int64").to_numpy().sum())
+    logger.info("labels: %s rows, %s converted", f"{sum(rows.values()):,}", f"{sum(converted.values()):,}")
+    return LabelsReport(rows, converted)
+
+
+def _require_both_outcomes(campaign: Campaign, plan: list[SnapshotSplit], labels: LabelsReport) -> None:
+    for split in sorted({s.split for s in plan} - {EMBARGO}):
+        snapshots = [s.snapshot for s in plan if s.split == split]
+        rows = sum(labels.rows_by_snapshot[s] for s in snapshots)
+        converted = sum(labels.converted_by_snapshot[s] for s in snapshots)
+        if rows == 0 or converted in (0, rows):
+            raise InsufficientDataError(
+                f"{campaign.file}: the {split} snapshots {snapshots[0]} to {snapshots[-1]} have {rows:,} "
+                f"eligible entities of which {converted:,} converted; both outcomes are needed. Widen "
+                "outcome.horizon_days, add snapshots, or check outcome and eligibility"
+            )
+
+
+def _join(campaign: Campaign, plan: list[SnapshotSplit], home: Home, engine: Engine) -> None:
+    """One file sorted by snapshot and key, written snapshot by snapshot: memory holds one at a time."""
+    from propensity_dagster.data.lake import ROW_GROUP, publishing
+
+    lake = home.lake(campaign.name)
+    with publishing(lake.file(TRAINING_SET)) as temporary:
+        writer: Any = None
+        for item in plan:
+            if item.split == EMBARGO:
+                continue
+            features = pq.read_table(lake.partition("features", "snapshot", item.snapshot))
+            labels = pq.read_table(lake.partition("labels", "snapshot", item.snapshot))
+            n = features.num_rows
+            instant = pa.array([snapshot_instant(item.snapshot)], pa.timestamp("us"))
+            table = features.add_column(1, "snapshot", instant.take(pa.array([0] * n)))
+            table = table.add_column(2, "split", pa.array([item.split]).take(pa.array([0] * n)))
+            table = table.append_column("converted", labels["converted"])
+            if writer is None:
+                writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer.write_table(table, row_group_size=ROW_GROUP)
+        writer.close()
+
+
+def _describe(
+    campaign: Campaign,
+    plan: list[SnapshotSplit],
+    labels: LabelsReport,
+    home: Home,
+    engine: Engine,
+    newest: date,
+) -> TrainingSetReport:
+    lake = home.lake(campaign.name)
+    publish_table(
+        pa.table(
+            {
+                "snapshot": pa.array([s.snapshot for s in plan]),
+                "split": pa.array([s.split for s in plan]),
+                "outcome_start": pa.array([s.outcome_start for s in plan]),
+                "outcome_end": pa.array([s.outcome_end for s in plan]),
+                "rows": pa.array([labels.rows_by_snapshot.get(s.snapshot, 0) for s in plan], pa.int64()),
+                "converted": pa.array([labels.converted_by_snapshot.get(s.snapshot, 0) for s in plan], pa.int64()),
+            }
+        ),
+        lake.file(SPLITS),
+    )
+    table = engine.read(lake.file(TRAINING_SET))
+    key = campaign.key
+    train = table.filter(table.split == TRAIN).select(key).distinct()
+    test = table.filter(table.split == TEST).select(key).distinct()
+    both = engine.arrow(test.semi_join(train, key).aggregate(n=test[key].count()))["n"][0].as_py()
+    total = engine.arrow(test.aggregate(n=test.count()))["n"][0].as_py()
+    splits = sorted({s.split for s in plan} - {EMBARGO})
+    return TrainingSetReport(
+        plan=plan,
+        rows={p: sum(labels.rows_by_snapshot[s.snapshot] for s in plan if s.split == p) for p in splits},
+        converted={p: sum(labels.converted_by_snapshot[s.snapshot] for s in plan if s.split == p) for p in splits},
+        shared_entities=both / total,
+        newest_mature=newest,
+    )

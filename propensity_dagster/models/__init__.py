@@ -1,0 +1,1 @@
+"""Estimators, calibration, the ensemble, and the saved-model format."""

@@ -1,0 +1,95 @@
+"""The protocol every model follows, and the fitted model: scorer, calibrator, contract."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+from scipy.special import expit
+
+from propensity_dagster.models.calibration import Calibrator, Floats
+from propensity_dagster.models.dataset import Dataset, FeatureContract
+
+
+class Scorer(Protocol):
+    """A trained model before calibration. `kind` names its class in a saved model."""
+
+    kind: ClassVar[str]
+
+    def log_odds(self, X: Floats) -> Floats:
+        """Raw log-odds (n,) of encoded rows (n, p)."""
+        ...
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write arrays and text into `folder`; return the rest as plain JSON data."""
+        ...
+
+    @classmethod
+    def load(cls, folder: Path, state: dict[str, Any]) -> Self:
+        """Inverse of `save`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What an estimator gives: a scorer, and its log-odds (n,) on the validation rows, not fitted on them."""
+
+    scorer: Scorer
+    validation_log_odds: Floats
+
+
+class Estimator(Protocol):
+    """Something that learns. Validation rows are for early stopping only."""
+
+    def fit(self, train: Dataset, validate: Dataset) -> Fit:
+        """Learn from `train`."""
+        ...
+
+
+@dataclass(frozen=True)
+class FittedModel:
+    """A model that can be judged, saved and served. `facts` is what was known when it was trained."""
+
+    name: str
+    contract: FeatureContract
+    scorer: Scorer
+    calibrator: Calibrator
+    facts: dict[str, Any]
+
+    def log_odds(self, X: Floats) -> Floats:
+        """Calibrated log-odds (n,) of encoded rows (n, p)."""
+        return self.calibrator.apply(self.scorer.log_odds(X))
+
+    def predict_proba(self, rows: pa.Table | pa.RecordBatch) -> Floats:
+        """Calibrated probability (n,) of each row.
+
+        Raises:
+            DataContractError: when the rows lack a feature of the contract.
+        """
+        return expit(self.log_odds(self.contract.encode(rows)))
+
+
+@dataclass(frozen=True)
+class RfmColumns:
+    """Names of the features that recency, frequency and monetary value are read from."""
+
+    recency: str
+    frequency: str
+    monetary: str | None
+
+    def names(self) -> Sequence[str]:
+        """Those that exist."""
+        return [self.recency, self.frequency, *([self.monetary] if self.monetary else [])]
+
+
+def column_of(X: Floats, contract: FeatureContract, name: str) -> Floats:
+    """One feature's column of a matrix."""
+    return X[:, contract.names.index(name)]
+
+
+def clipped_logit(p: Floats | float) -> Floats:
+    """Log-odds of probabilities kept away from 0 and 1 by 1e-9."""
+    safe = np.clip(p, 1e-9, 1 - 1e-9)
+    return np.asarray(np.log(safe) - np.log1p(-safe))

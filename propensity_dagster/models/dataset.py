@@ -1,0 +1,128 @@
+"""Model matrices. Belongs here: the feature contract, and turning Arrow rows into numbers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from propensity_dagster.errors import DataContractError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+NUMBER, CATEGORY = "number", "category"
+MAX_CATEGORIES = 200
+NOT_FEATURES = frozenset({"snapshot", "split", "converted"})
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """One input of a model. A category not in `categories` (and a missing value) is encoded as NaN."""
+
+    name: str
+    kind: str
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FeatureContract:
+    """The inputs of a model, in the order of its matrix columns."""
+
+    features: tuple[FeatureSpec, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Feature names in matrix order."""
+        return [feature.name for feature in self.features]
+
+    @property
+    def categorical(self) -> list[int]:
+        """Matrix columns that hold category codes."""
+        return [i for i, feature in enumerate(self.features) if feature.kind == CATEGORY]
+
+    def encode(self, rows: pa.Table | pa.RecordBatch) -> Floats:
+        """Matrix of shape (rows, features), column by column; missing values are NaN.
+
+        Raises:
+            DataContractError: naming the features that the rows lack.
+        """
+        missing = [name for name in self.names if name not in rows.schema.names]
+        if missing:
+            raise DataContractError(
+                f"the model needs {len(missing)} features that the data lack: {', '.join(missing[:5])}"
+                + (" ..." if len(missing) > 5 else "")
+                + "; were features changed since it was trained?"
+            )
+        matrix = np.empty((rows.num_rows, len(self.features)), order="F")
+        for i, feature in enumerate(self.features):
+            column = rows.column(feature.name)
+            if feature.kind == CATEGORY:
+                values = column.cast(pa.string())
+                codes = pc.index_in(values, pa.array(feature.categories, pa.string()))
+                column = codes if not values.null_count else pc.if_else(pc.is_null(values), None, codes)
+            column = pc.fill_null(column.cast(pa.float64()), np.nan)
+            matrix[:, i] = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
+        return matrix
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain data for the saved model."""
+        return [{"name": f.name, "kind": f.kind, "categories": list(f.categories)} for f in self.features]
+
+    @classmethod
+    def from_json(cls, data: Iterable[dict[str, Any]]) -> "FeatureContract":
+        """Inverse of `to_json`."""
+        return cls(tuple(FeatureSpec(d["name"], d["kind"], tuple(d["categories"])) for d in data))
+
+    @classmethod
+    def fit(cls, table: pa.Table, key: str) -> "FeatureContract":
+        """Every column but the key, snapshot, split and label; categories are those of these rows, sorted.
+
+        Of more than 200 categories the most frequent are kept; the others count as missing.
+        """
+        specs: list[FeatureSpec] = []
+        for field in table.schema:
+            if field.name == key or field.name in NOT_FEATURES:
+                continue
+            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+                counts = pc.value_counts(table[field.name].combine_chunks().drop_null()).to_pylist()
+                frequent = sorted(counts, key=lambda c: (-c["counts"], c["values"]))[:MAX_CATEGORIES]
+                specs.append(FeatureSpec(field.name, CATEGORY, tuple(sorted(c["values"] for c in frequent))))
+            else:
+                specs.append(FeatureSpec(field.name, NUMBER))
+        return cls(tuple(specs))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows of one split: matrix (n, p), outcome (n,) of 0 and 1, and a fold in 0..4 by hash of the entity."""
+
+    X: Floats
+    y: Floats
+    fold: Ints
+    contract: FeatureContract
+
+
+def read_split(file: Path, split: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one split of a training set."""
+    return pq.read_table(file, columns=list(columns) if columns else None, filters=[("split", "=", split)])
+
+
+def make_dataset(table: pa.Table, contract: FeatureContract, key: str) -> Dataset:
+    """Encode a table with a `converted` column."""
+    labels = table["converted"].cast(pa.float64()).to_numpy()
+    return Dataset(contract.encode(table), labels, entity_folds(table[key]), contract)
+
+
+def entity_folds(keys: pa.ChunkedArray, folds: int = 5) -> Ints:
+    """A fold per row by a stable hash of the entity: all rows of one entity share a fold."""
+    encoded = keys.combine_chunks().dictionary_encode()
+    values = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
+    hashed = pd.util.hash_array(values, categorize=False) % np.uint64(folds)
+    return hashed.astype(np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]

@@ -1,0 +1,74 @@
+"""Logistic regression on scaled numbers and one-hot categories."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from propensity_dagster.models.base import Fit
+from propensity_dagster.models.calibration import Floats
+from propensity_dagster.models.dataset import Dataset
+from propensity_dagster.models.preprocess import OneHot, Scaling
+
+_CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class LinearScorer:
+    """Intercept and coefficients over the preprocessed columns."""
+
+    scaling: Scaling
+    one_hot: OneHot
+    coefficients: Floats
+    intercept: float
+    kind: ClassVar[str] = "linear"
+
+    def log_odds(self, X: Floats) -> Floats:
+        """Log-odds (n,)."""
+        out = np.empty(len(X))
+        for start in range(0, len(X), _CHUNK):  # the preprocessed matrix is wider than X
+            rows = slice(start, start + _CHUNK)
+            out[rows] = _design(X[rows], self.scaling, self.one_hot) @ self.coefficients + self.intercept
+        return out
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """All of it is JSON."""
+        return {
+            "scaling": self.scaling.to_json(),
+            "one_hot": self.one_hot.to_json(),
+            "coefficients": self.coefficients.tolist(),
+            "intercept": self.intercept,
+        }
+
+    @classmethod
+    def load(cls, folder: Path, state: dict[str, Any]) -> Self:
+        """Inverse of `save`."""
+        return cls(
+            Scaling.from_json(state["scaling"]),
+            OneHot.from_json(state["one_hot"]),
+            np.array(state["coefficients"]),
+            state["intercept"],
+        )
+
+
+@dataclass(frozen=True)
+class LogisticRegressionEstimator:
+    """L2-penalised logistic regression; `C` is the inverse penalty of scikit-learn."""
+
+    C: float = 0.05
+    max_iter: int = 50
+
+    def fit(self, train: Dataset, validate: Dataset) -> Fit:
+        """Fit by Newton steps: few passes over many rows and some hundred columns."""
+        from sklearn.linear_model import LogisticRegression
+
+        scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
+        model = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter, tol=1e-4)
+        model.fit(_design(train.X, scaling, one_hot), train.y)
+        scorer = LinearScorer(scaling, one_hot, model.coef_[0], float(model.intercept_[0]))
+        return Fit(scorer, scorer.log_odds(validate.X))
+
+
+def _design(X: Floats, scaling: Scaling, one_hot: OneHot) -> Floats:
+    return np.hstack([scaling.apply(X), one_hot.apply(X)])

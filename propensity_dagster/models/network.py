@@ -1,0 +1,168 @@
+"""A torch network with embeddings. Trained with torch, scored with numpy: serving never imports torch."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from propensity_dagster.models.base import Fit
+from propensity_dagster.models.calibration import Floats, log_loss
+from propensity_dagster.models.dataset import Dataset
+from propensity_dagster.models.preprocess import OneHot, Scaling
+
+logger = logging.getLogger(__name__)
+
+_FILE = "weights.npz"
+_CHUNK = 65_536
+
+
+@dataclass(frozen=True)
+class NetworkScorer:
+    """Embeddings of categories beside scaled numbers, then fully connected layers with SiLU in between.
+
+    Attributes:
+        scaling: preprocessing of numbers.
+        one_hot: sizes of the categories.
+        embeddings: one (size + 1, width) array per category column.
+        layers: (weights (in, out), bias (out,)) of each layer.
+    """
+
+    scaling: Scaling
+    one_hot: OneHot
+    embeddings: tuple[Floats, ...]
+    layers: tuple[tuple[Floats, Floats], ...]
+    kind: ClassVar[str] = "network"
+
+    def log_odds(self, X: Floats) -> Floats:
+        """Log-odds (n,)."""
+        out = np.empty(len(X))
+        for start in range(0, len(X), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            out[rows] = self._forward(X[rows])
+        return out
+
+    def _forward(self, X: Floats) -> Floats:
+        codes = self.one_hot.codes(X)
+        embedded = [table[codes[:, i]] for i, table in enumerate(self.embeddings)]
+        hidden = np.hstack([self.scaling.apply(X), *embedded])
+        for weights, bias in self.layers[:-1]:
+            hidden = hidden @ weights + bias
+            hidden /= 1 + np.exp(-hidden)  # SiLU
+        weights, bias = self.layers[-1]
+        return (hidden @ weights + bias)[:, 0]
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Arrays go to an .npz file, read back without pickle."""
+        arrays = {f"embedding_{i}": table for i, table in enumerate(self.embeddings)}
+        for i, (weights, bias) in enumerate(self.layers):
+            arrays |= {f"weights_{i}": weights, f"bias_{i}": bias}
+        np.savez(folder / _FILE, **arrays)
+        return {
+            "scaling": self.scaling.to_json(),
+            "one_hot": self.one_hot.to_json(),
+            "embeddings": len(self.embeddings),
+            "layers": len(self.layers),
+        }
+
+    @classmethod
+    def load(cls, folder: Path, state: dict[str, Any]) -> Self:
+        """Inverse of `save`."""
+        with np.load(folder / _FILE, allow_pickle=False) as arrays:
+            embeddings = tuple(arrays[f"embedding_{i}"] for i in range(state["embeddings"]))
+            layers = tuple((arrays[f"weights_{i}"], arrays[f"bias_{i}"]) for i in range(state["layers"]))
+        return cls(
+            Scaling.from_json(state["scaling"]), OneHot.from_json(state["one_hot"]), embeddings, layers
+        )
+
+
+@dataclass(frozen=True)
+class NeuralNetworkEstimator:
+    """AdamW with a one-cycle learning rate; the epoch with the lowest validation log loss is kept."""
+
+    hidden: tuple[int, ...] = (64, 32)
+    embedding_width: int = 4
+    dropout: float = 0.2
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    batch_rows: int = 4096
+    max_epochs: int = 10
+    patience: int = 3
+    seed: int = 0
+
+    def fit(self, train: Dataset, validate: Dataset) -> Fit:
+        """Train until the validation log loss has not fallen for `patience` epochs."""
+        import torch
+
+        scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
+        torch.manual_seed(self.seed)
+        network = self._build(torch, scaling, one_hot)
+        numbers = torch.from_numpy(scaling.apply(train.X).astype(np.float32))
+        codes = torch.from_numpy(one_hot.codes(train.X))
+        labels = torch.from_numpy(train.y.astype(np.float32))
+        # The output starts at the base rate: the first epochs need not learn it.
+        with torch.no_grad():
+            network["layers"][-1].bias.fill_(float(np.log(train.y.mean() / (1 - train.y.mean()))))
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        steps = -(-len(labels) // self.batch_rows)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.learning_rate, total_steps=steps * self.max_epochs
+        )
+        best_loss, best, stale = np.inf, None, 0
+        for epoch in range(self.max_epochs):
+            network.train()
+            order = torch.randperm(len(labels))
+            for start in range(0, len(labels), self.batch_rows):
+                rows = order[start : start + self.batch_rows]
+                z = self._forward(torch, network, numbers[rows], codes[rows], training=True)
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(z, labels[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            scorer = self._export(network, scaling, one_hot)
+            z = scorer.log_odds(validate.X)
+            held = log_loss(z, validate.y)
+            logger.info("neural_network: epoch %d of %d, validation log loss %.5f", epoch + 1, self.max_epochs, held)
+            if held < best_loss:
+                best_loss, best, stale = held, Fit(scorer, z), 0
+            else:
+                stale += 1
+                if stale == self.patience:
+                    break
+        if best is None:
+            raise FloatingPointError("the network's validation loss was never a number: lower learning_rate")
+        return best
+
+    def _build(self, torch: Any, scaling: Scaling, one_hot: OneHot) -> Any:
+        width = len(scaling.columns) + len(scaling.indicators) + self.embedding_width * len(one_hot.columns)
+        sizes = [width, *self.hidden, 1]
+        return torch.nn.ModuleDict(
+            {
+                "embeddings": torch.nn.ModuleList(
+                    torch.nn.Embedding(size + 1, self.embedding_width) for size in one_hot.sizes
+                ),
+                "layers": torch.nn.ModuleList(
+                    torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)
+                ),
+            }
+        )
+
+    def _forward(self, torch: Any, network: Any, numbers: Any, codes: Any, *, training: bool) -> Any:
+        embedded = [table(codes[:, i]) for i, table in enumerate(network["embeddings"])]
+        hidden = torch.cat([numbers, *embedded], dim=1)
+        for layer in network["layers"][:-1]:
+            hidden = torch.nn.functional.silu(layer(hidden))
+            hidden = torch.nn.functional.dropout(hidden, self.dropout, training=training)
+        return network["layers"][-1](hidden)[:, 0]
+
+    def _export(self, network: Any, scaling: Scaling, one_hot: OneHot) -> NetworkScorer:
+        def array(parameter: Any) -> Floats:
+            return parameter.detach().numpy().astype(np.float64)
+
+        embeddings = tuple(array(table.weight) for table in network["embeddings"])
+        layers = tuple((array(layer.weight).T.copy(), array(layer.bias)) for layer in network["layers"])
+        return NetworkScorer(scaling, one_hot, embeddings, layers)

@@ -1,0 +1,134 @@
+"""The saved model: a folder without pickle.
+
+`model.json` holds contract, calibrator, facts, the scorer's plain data and golden rows; beside it lie the
+scorer's own files (LightGBM text, arrays). `manifest.json` lists the SHA-256 of every file. Loading verifies
+the checksums, then that the golden rows score as they did when the model was saved.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from propensity_dagster.errors import SavedModelError
+from propensity_dagster.models.base import FittedModel, Scorer
+from propensity_dagster.models.baseline import RfmScorer
+from propensity_dagster.models.calibration import Calibrator, Floats
+from propensity_dagster.models.dataset import FeatureContract
+from propensity_dagster.models.ensemble import EnsembleScorer
+from propensity_dagster.models.linear import LinearScorer
+from propensity_dagster.models.network import NetworkScorer
+from propensity_dagster.models.trees import TreesScorer
+
+FORMAT = 1
+GOLDEN_ROWS = 8
+_TOLERANCE = 1e-9
+_MANIFEST, _MODEL = "manifest.json", "model.json"
+
+_SCORERS: dict[str, type[Scorer]] = {
+    scorer.kind: scorer for scorer in (RfmScorer, LinearScorer, TreesScorer, NetworkScorer, EnsembleScorer)
+}
+
+
+def write_model(model: FittedModel, folder: Path, examples: Floats | None = None) -> None:
+    """Write a model into `folder`, which is created.
+
+    Args:
+        model: what to save.
+        folder: where; the caller publishes it.
+        examples: encoded rows (n, p) of which the first 8 become the golden rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    golden = (examples if examples is not None else _synthetic_rows(model.contract))[:GOLDEN_ROWS]
+    content = {
+        "format": FORMAT,
+        "name": model.name,
+        "kind": model.scorer.kind,
+        "contract": model.contract.to_json(),
+        "calibrator": {"method": model.calibrator.method, "values": model.calibrator.values},
+        "facts": model.facts,
+        "scorer": model.scorer.save(folder),
+        "golden": {
+            "rows": [[None if np.isnan(v) else v for v in row] for row in golden.tolist()],
+            "log_odds": model.log_odds(golden).tolist(),
+        },
+    }
+    (folder / _MODEL).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _MANIFEST)
+    checksums = {str(p.relative_to(folder)): _checksum(p) for p in files}
+    manifest = json.dumps({"format": FORMAT, "sha256": checksums}, indent=1, sort_keys=True)
+    (folder / _MANIFEST).write_text(manifest, encoding="utf-8")
+
+
+def load_model(folder: Path) -> FittedModel:
+    """Read a saved model, verifying checksums and golden rows.
+
+    Raises:
+        SavedModelError: when a file is missing, cut short, changed, or of an unknown format or kind.
+    """
+    content = _verified_content(folder)
+    if content["format"] != FORMAT:
+        raise SavedModelError(f"{folder}: format {content['format']} is unknown; this version reads {FORMAT}")
+    if content["kind"] not in _SCORERS:
+        raise SavedModelError(
+            f"{folder}: unknown kind of model {content['kind']!r}; allowed are {', '.join(_SCORERS)}"
+        )
+    calibrator = content["calibrator"]
+    model = FittedModel(
+        content["name"],
+        FeatureContract.from_json(content["contract"]),
+        _SCORERS[content["kind"]].load(folder, content["scorer"]),
+        Calibrator(calibrator["method"], tuple(tuple(v) for v in calibrator["values"])),
+        content["facts"],
+    )
+    difference = _golden_difference(model, content)
+    if not difference <= _TOLERANCE:
+        raise SavedModelError(
+            f"{folder}: the golden rows score differently by {difference:.3g} in log-odds (allowed {_TOLERANCE}); "
+            f"it was saved with {content['facts'].get('versions')}"
+        )
+    return model
+
+
+def golden_difference(folder: Path) -> float:
+    """Largest difference in log-odds between the saved model and the one in memory when it was saved."""
+    return _golden_difference(load_model(folder), _verified_content(folder))
+
+
+def model_identity(folder: Path) -> str:
+    """A short content hash: equal models have equal identities."""
+    return _checksum(folder / _MANIFEST)[:16]
+
+
+def _golden_difference(model: FittedModel, content: dict[str, Any]) -> float:
+    rows = np.array(content["golden"]["rows"], dtype=np.float64)
+    return float(np.abs(model.log_odds(rows) - np.array(content["golden"]["log_odds"])).max())
+
+
+def _verified_content(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest["sha256"].items():
+            if _checksum(folder / name) != expected:
+                raise SavedModelError(f"{folder / name}: checksum differs: the file was cut short or changed")
+        content: dict[str, Any] = json.loads((folder / _MODEL).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SavedModelError(f"{folder}: not a complete saved model: {error.filename}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SavedModelError(f"{folder}: not a saved model: {error!r}") from None
+    return content
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _synthetic_rows(contract: FeatureContract) -> Floats:
+    """Rows that touch missing values, zeros and every first category."""
+    rows = np.zeros((3, len(contract.features)))
+    rows[1] = np.nan
+    rows[2] = 1.0
+    rows[2, contract.categorical] = 0.0
+    return rows

@@ -1,0 +1,1 @@
+"""The model store: versions, aliases, decisions. MLflow behind a small protocol."""

@@ -1,0 +1,78 @@
+"""Synthetic customers whose true conversion probabilities are known. One module per use case.
+
+A connection `synthetic://NAME?customers=20000&seed=7` names a world; it is made on first use.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import numpy as np
+from numpy.typing import NDArray
+
+from propensity_dagster.campaign import SYNTHETIC_SCHEME
+from propensity_dagster.errors import ConfigError
+from propensity_dagster.synthetic import ecommerce
+from propensity_dagster.synthetic.world import WorldConfig
+
+_WORLDS = {"ecommerce": ecommerce}
+
+
+@dataclass(frozen=True)
+class SyntheticWorld:
+    """A generated world on disk: `tables` is the source, `oracle` holds what no feature may read."""
+
+    name: str
+    config: WorldConfig
+    folder: Path
+
+    @property
+    def tables(self) -> Path:
+        """Folder of the tables a campaign reads."""
+        return self.folder / "tables"
+
+    def ensure(self) -> None:
+        """Generate the world unless it is complete on disk. Published by one rename, so never half there."""
+        if self.folder.exists():
+            return
+        staging = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "oracle").mkdir(parents=True)
+        _WORLDS[self.name].generate(self.config, staging / "tables", staging / "oracle")
+        described = {**asdict(self.config), "first_day": str(self.config.first_day)}
+        (staging / "world.json").write_text(json.dumps(described, indent=1))
+        staging.rename(self.folder)
+
+    def true_probability(self, snapshot: date, horizon_days: int) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
+        """Keys and true P(at least one order in [snapshot, snapshot + horizon)) given the latent state."""
+        return _WORLDS[self.name].true_probability(self.config, self.folder / "oracle", snapshot, horizon_days)
+
+
+def is_synthetic(connection: str) -> bool:
+    """Whether a connection names a synthetic world."""
+    return connection.startswith(SYNTHETIC_SCHEME)
+
+
+def open_world(connection: str, root: Path) -> SyntheticWorld:
+    """The world a connection names, kept under `root`.
+
+    Raises:
+        ConfigError: for an unknown world or option.
+    """
+    name, _, query = connection.removeprefix(SYNTHETIC_SCHEME).partition("?")
+    if name not in _WORLDS:
+        raise ConfigError(f"connection: unknown synthetic world {name!r}; allowed are {', '.join(_WORLDS)}")
+    options: dict[str, int] = {}
+    for option, value in parse_qsl(query, keep_blank_values=True):
+        if option not in ("customers", "seed", "days"):
+            raise ConfigError(f"connection: unknown option {option!r}; allowed are customers, seed, days")
+        if not value.isdigit() or (option != "seed" and int(value) == 0):
+            raise ConfigError(f"connection: {option} must be a positive whole number, got {value!r}")
+        options[option] = int(value)
+    config = WorldConfig(**options)
+    folder = root / f"{name}-{config.customers}-{config.days}d-seed{config.seed}"
+    return SyntheticWorld(name, config, folder)

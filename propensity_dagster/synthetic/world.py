@@ -1,0 +1,46 @@
+"""What every synthetic world shares: its size, its calendar, writing its tables."""
+
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+EPOCH = date(1970, 1, 1)
+MICROSECONDS_PER_DAY = 86_400_000_000
+FAR_FUTURE = np.datetime64("2099-12-31T12:00:00", "us")
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Size, seed and calendar of a world: 609 days are about 20 months."""
+
+    customers: int = 20_000
+    seed: int = 7
+    days: int = 609
+    first_day: date = date(2024, 1, 1)
+
+    @property
+    def last_day(self) -> date:
+        """The newest day that has events."""
+        return self.first_day + timedelta(days=self.days - 1)
+
+    def offset(self, day: date) -> int:
+        """Days from the first day."""
+        return (day - self.first_day).days
+
+
+def day_times(rng: np.random.Generator, day: date, size: int) -> NDArray[np.datetime64]:
+    """Instants within a day: few at night, most in the evening. Microseconds make chance ties rare."""
+    hours = rng.beta(2.6, 1.9, size) * 24
+    offsets = np.minimum((hours * 3.6e9).astype(np.int64), MICROSECONDS_PER_DAY - 1)
+    return np.datetime64(day, "us") + offsets.astype("timedelta64[us]")
+
+
+def write_day(folder: Path, day: date, columns: dict[str, pa.Array]) -> None:
+    """Write one day's rows of a table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / f"{day}.parquet", compression="zstd")
