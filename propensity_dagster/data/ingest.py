@@ -293,6 +293,24 @@ def entity_violations(campaign: Campaign, home: Home, engine: Engine) -> int:
     return int(engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))["n"][0].as_py())
 
 
+def days_to_ingest(campaign: Campaign, home: Home, *, until: date) -> tuple[date, date] | None:
+    """First and last event day that a nightly ingestion up to `until` should read, or None when none is new.
+
+    Days that late events may still reach are read again.
+    """
+    calendar = campaign_calendar(campaign)
+    last = min(until, calendar.last) if calendar.last else until
+    lake = home.lake(campaign.name)
+    ingested = set(days_between(calendar.first, last))
+    for name in campaign.source.streams:
+        ingested &= set(lake.partitions(f"validated_{name}", "day"))
+    missing = [day for day in days_between(calendar.first, last) if day not in ingested]
+    if not missing:
+        return None
+    first = max(calendar.first, min(missing[0], last - timedelta(days=campaign.source.late_days)))
+    return first, last
+
+
 def newest_event_day(campaign: Campaign, home: Home) -> date:
     """The newest day with an event of the outcome's log: labels need nothing newer.
 

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -20,6 +20,7 @@ import sqlglot
 import sqlglot.expressions as sge
 
 from propensity_dagster.campaign import Campaign
+from propensity_dagster.data import coerce
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError, DataContractError, SourceError
@@ -85,6 +86,47 @@ def open_table(
         return with_retries(lambda: _open_files(campaign, folder, table, as_text, engine), f"{campaign.file}: {table}")
     path = _resolve(campaign, expand_variables(campaign).removeprefix(_DUCKDB))
     return with_retries(lambda: _open_duckdb(campaign, path, table, engine), f"{campaign.file}: {table}")
+
+
+def changed_files(
+    campaign: Campaign, home: Home, seen: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """Files of the watched folder with their size and time, and those that differ from `seen`.
+
+    The watched folder is `schedule.watch`, else the source's own folder; a database has none.
+    """
+    watch = campaign.schedule.watch
+    folder = _resolve(campaign, watch) if watch else source_folder(campaign, home)
+    if folder is None:
+        return {}, []
+    state: dict[str, str] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".parquet", ".csv") and not file.name.startswith("."):
+            stat = file.stat()
+            state[str(file)] = f"{stat.st_size}:{stat.st_mtime_ns}"
+    return state, [file for file, mark in state.items() if seen.get(file) != mark]
+
+
+def days_in_files(
+    campaign: Campaign, files: Sequence[str], home: Home, engine: Engine
+) -> tuple[date, date] | None:
+    """First and last event day, within the calendar, that these source files hold; None without events."""
+    folder = source_folder(campaign, home)
+    calendar = campaign_calendar(campaign)
+    newest = calendar.last or date.today()
+    found: list[date] = []
+    for name, stream in campaign.source.streams.items():
+        own = [f for f in files if folder is not None and _table_of(folder, Path(f)) == stream.table]
+        if not own:
+            continue
+        read = _read_csv if own[0].endswith(".csv") else _read_parquet
+        table = read(own, [stream.time], engine)
+        time = coerce.utc_time(table[stream.time], stream.time_format, f"{campaign.file}: source.streams.{name}.time")
+        days = table.select(day=time.date())
+        days = days.filter((days.day >= calendar.first) & (days.day <= newest))
+        limits = engine.arrow(days.aggregate(first=days.day.min(), last=days.day.max())).to_pylist()[0]
+        found += [day for day in limits.values() if day is not None]
+    return (min(found), max(found)) if found else None
 
 
 def select_declared(
@@ -180,6 +222,12 @@ def expand_variables(campaign: Campaign) -> str:
         return found
 
     return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, campaign.source.connection)
+
+
+def _table_of(folder: Path, file: Path) -> str:
+    """The table a file of the source folder belongs to: its own name, or its first folder's."""
+    relative = file.relative_to(folder) if file.is_relative_to(folder) else file
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
 def _resolve(campaign: Campaign, connection: str) -> Path:

@@ -159,7 +159,7 @@ def _segments(
             y = scores.y[rows]
             within = {name: Judged(models[name].z[rows], y) for name in chosen}
             entity = np.unique(scores.entity[rows], return_inverse=True)[1]
-            replicated = replicate_metrics(within, entity, replicates, campaign.seed, _SEGMENT_METRICS)
+            replicated = replicate_metrics(within, entity, replicates // 3, campaign.seed, _SEGMENT_METRICS)
             for name in chosen:
                 found[name][f"{column}={value}"] = {
                     "rows": int(rows.sum()),

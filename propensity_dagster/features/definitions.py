@@ -110,8 +110,8 @@ def _stream_features(campaign: Campaign, name: str, stream: Stream) -> list[Feat
             )
     if stream.amount:
         _add_measure(add, name, "amount", CENTS, windows)
-    for measure in stream.measures:
-        _add_measure(add, name, measure, THOUSANDTHS, windows)
+    for measure in stream.measures:  # a lifetime of page views says little that a year's does not
+        _add_measure(add, name, measure, THOUSANDTHS, windows[:-1])
     for column in stream.categories:
         add(
             f"{column}_distinct_{longest}",

@@ -18,6 +18,7 @@ Ints = NDArray[np.int64]
 METHODS = ("none", "temperature", "platt", "beta", "isotonic")
 """From the simplest to the most flexible; the order decides ties."""
 
+_NEWTON_STEPS = 30
 _LIMIT = 16.0  # log-odds beyond it are no information: P = 1e-7
 
 
@@ -65,15 +66,30 @@ def choose_calibrator(z: Floats, y: Floats, fold: Ints) -> tuple[Calibrator, Flo
 
 
 def _minimize_logistic(columns: Floats, y: Floats, start: Floats, lower: list[float | None]) -> Floats:
-    """Coefficients of a logistic regression without penalty, with lower bounds."""
+    """Coefficients of a logistic regression without penalty, with lower bounds.
+
+    Newton's method from `start`; where it leaves the bounds or does not converge, L-BFGS-B decides.
+    """
+    w = start
+    for _ in range(_NEWTON_STEPS):
+        p = expit(columns @ w)
+        curvature = columns.T @ (columns * (p * (1 - p))[:, None])
+        try:
+            step = np.linalg.solve(curvature, columns.T @ (y - p))
+        except np.linalg.LinAlgError:
+            break
+        w = w + step
+        if not np.isfinite(w).all() or any(b is not None and v < b for v, b in zip(w, lower, strict=True)):
+            break
+        if np.abs(step).max() < 1e-9:
+            return w
 
     def loss(w: Floats) -> tuple[float, Floats]:
         z = columns @ w
         return log_loss(z, y), columns.T @ (expit(z) - y) / len(y)
 
-    result = minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=[(b, None) for b in lower], options={"gtol": 1e-10, "ftol": 1e-15}
-    )
+    bounds = [(b, None) for b in lower]
+    result = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": 1e-9, "ftol": 1e-14})
     return result.x
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from propensity_dagster.models.base import Fit
-from propensity_dagster.models.calibration import Floats, log_loss
+from propensity_dagster.models.calibration import Floats, Ints, log_loss
 from propensity_dagster.models.dataset import Dataset
 from propensity_dagster.models.preprocess import OneHot, Scaling
 
@@ -40,13 +40,13 @@ class NetworkScorer:
         out = np.empty(len(X))
         for start in range(0, len(X), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            out[rows] = self._forward(X[rows])
+            out[rows] = self.forward(self.scaling.apply(X[rows]), self.one_hot.codes(X[rows]))
         return out
 
-    def _forward(self, X: Floats) -> Floats:
-        codes = self.one_hot.codes(X)
+    def forward(self, numbers: Floats, codes: Ints) -> Floats:
+        """Log-odds (n,) of scaled numbers (n, k) and category codes (n, c)."""
         embedded = [table[codes[:, i]] for i, table in enumerate(self.embeddings)]
-        hidden = np.hstack([self.scaling.apply(X), *embedded])
+        hidden = np.hstack([numbers, *embedded])
         for weights, bias in self.layers[:-1]:
             hidden = hidden @ weights + bias
             hidden /= 1 + np.exp(-hidden)  # SiLU
@@ -101,6 +101,7 @@ class NeuralNetworkEstimator:
         numbers = torch.from_numpy(scaling.apply(train.X).astype(np.float32))
         codes = torch.from_numpy(one_hot.codes(train.X))
         labels = torch.from_numpy(train.y.astype(np.float32))
+        held_numbers, held_codes = scaling.apply(validate.X), one_hot.codes(validate.X)
         # The output starts at the base rate: the first epochs need not learn it.
         with torch.no_grad():
             network["layers"][-1].bias.fill_(float(np.log(train.y.mean() / (1 - train.y.mean()))))
@@ -124,7 +125,7 @@ class NeuralNetworkEstimator:
                 optimizer.step()
                 schedule.step()
             scorer = self._export(network, scaling, one_hot)
-            z = scorer.log_odds(validate.X)
+            z = scorer.forward(held_numbers, held_codes)
             held = log_loss(z, validate.y)
             logger.info("neural_network: epoch %d of %d, validation log loss %.5f", epoch + 1, self.max_epochs, held)
             if held < best_loss:

@@ -33,8 +33,8 @@ class Scaling:
         columns = tuple(i for i, feature in enumerate(contract.features) if feature.kind != CATEGORY)
         means, scales, indicators = [], [], []
         for position, column in enumerate(columns):
-            values = _signed_log(X[:, column])
-            present = values[~np.isnan(values)]
+            values = X[:, column]
+            present = _signed_log(values[~np.isnan(values)])
             deviation = float(present.std()) if len(present) else 0.0
             means.append(float(present.mean()) if len(present) else 0.0)
             scales.append(deviation if deviation > 1e-9 else 1.0)
@@ -44,11 +44,13 @@ class Scaling:
 
     def apply(self, X: Floats) -> Floats:
         """Scaled numbers followed by indicators, (n, numbers + indicators)."""
-        numbers = X[:, list(self.columns)]
-        missing = np.isnan(numbers)
-        scaled = np.clip((_signed_log(numbers) - self.mean) / self.scale, -_CLIP, _CLIP)
-        scaled[missing] = 0.0
-        return np.hstack([scaled, missing[:, list(self.indicators)].astype(np.float64)])
+        out = np.empty((len(X), len(self.columns) + len(self.indicators)), order="F")
+        for position, column in enumerate(self.columns):  # column by column: X is column-major, and wide
+            values = (_signed_log(X[:, column]) - self.mean[position]) / self.scale[position]
+            out[:, position] = np.nan_to_num(np.clip(values, -_CLIP, _CLIP), copy=False, nan=0.0)
+        for offset, position in enumerate(self.indicators):
+            out[:, len(self.columns) + offset] = np.isnan(X[:, self.columns[position]])
+        return out
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the saved model."""
@@ -101,4 +103,4 @@ class OneHot:
 
 
 def _signed_log(values: Floats) -> Floats:
-    return np.sign(values) * np.log1p(np.abs(values))
+    return np.copysign(np.log1p(np.abs(values)), values)

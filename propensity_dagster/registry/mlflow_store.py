@@ -1,12 +1,14 @@
 """The model store on MLflow: SQLite for the records, folders for the models. Only this package imports mlflow."""
 
 import fcntl
+import io
 import json
 import logging
 import os
 import subprocess
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
@@ -70,14 +72,17 @@ class MlflowStore:
             for file in sorted(reports.glob("*")):
                 if file.is_file():
                     mlflow.log_artifact(str(file), "reports")
-            info = mlflow.pyfunc.log_model(
-                name=challenger,
-                python_model=str(Path(__file__).parent / "pyfunc_model.py"),
-                artifacts={_ARTIFACT: str(folder)},
-                pip_requirements=list(_REQUIREMENTS),
-                signature=_signature(folder),
-                registered_model_name=campaign,
-            )
+            # It prints greetings to stderr and warns of a missing example; errors still come as exceptions.
+            with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                info = mlflow.pyfunc.log_model(
+                    name=challenger,
+                    python_model=str(Path(__file__).parent / "pyfunc_model.py"),
+                    artifacts={_ARTIFACT: str(folder)},
+                    pip_requirements=list(_REQUIREMENTS),
+                    signature=_signature(folder),
+                    registered_model_name=campaign,
+                )
         version = str(info.registered_model_version)
         client.set_model_version_tag(campaign, version, "identity", identity)
         client.set_model_version_tag(campaign, version, "model", challenger)

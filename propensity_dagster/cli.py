@@ -1,0 +1,150 @@
+"""The command line. Thin: every command prepares the environment and calls one function or one process."""
+
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from propensity_dagster.campaign import SHIPPED, Campaign, load_campaign, load_campaigns
+from propensity_dagster.data.lake import Home
+from propensity_dagster.errors import ConfigError, PropensityError
+
+app = typer.Typer(
+    help="Customer propensity modelling as a Dagster lineage graph. One campaign is one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+champion_app = typer.Typer(help="The model that serves: who it is, how it got there, and back.", no_args_is_help=True)
+app.add_typer(champion_app, name="champion")
+
+DEFAULT_CAMPAIGN = "ecommerce_purchase"
+_CAMPAIGNS = "PROPENSITY_CAMPAIGNS"
+
+CampaignArgument = Annotated[
+    str, typer.Argument(metavar="CAMPAIGN", help="A campaign's name, or the path of its YAML file.")
+]
+
+
+@app.command()
+def demo(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
+    """Run one campaign end to end through Dagster, then print what came out.
+
+    The default campaign makes its own synthetic data. Give a file, such as examples/cdnow.yaml, for yours.
+    """
+    chosen = _find(campaign)
+    environment = _environment(chosen)
+    command = [sys.executable, "-m", "propensity_dagster.components.launch", chosen.name]
+    status = subprocess.run(command, env=environment, check=False).returncode
+    if status:
+        raise typer.Exit(status)
+    from propensity_dagster.reports.summary import print_summary
+
+    print_summary(chosen, Home.from_environment(), _console())
+
+
+@app.command()
+def dev(
+    port: Annotated[int, typer.Option(help="Port of the UI on 127.0.0.1.")] = 3001,
+) -> None:
+    """Start Dagster's UI and daemon on the home folder; stop with Ctrl-C."""
+    environment = _environment(None)
+    # `python -m` and not the script: a virtual environment need not be activated.
+    command = [sys.executable, "-m", "dagster", "dev", "-m", "propensity_dagster.definitions"]
+    os.execve(sys.executable, [*command, "-h", "127.0.0.1", "-p", str(port)], environment)
+
+
+@champion_app.command("show")
+def champion_show(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
+    """Show the champion, and every registered version."""
+    chosen = _find(campaign)
+    store = _store()
+    versions = store.versions(chosen.name)
+    if not versions:
+        raise ConfigError(f"{chosen.name}: no model has been registered yet; run the training job first")
+    table = Table(title=f"Models of {chosen.name}", title_justify="left")
+    for column in ("version", "model", "aliases", "identity"):
+        table.add_column(column)
+    for version in versions:
+        is_champion = "champion" in version.aliases
+        aliases = ", ".join(version.aliases)
+        table.add_row(version.version, version.model, aliases, version.identity, style="bold" if is_champion else "")
+    _console().print(table)
+
+
+@champion_app.command("history")
+def champion_history(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
+    """Show every promotion, refusal and rollback, oldest first."""
+    chosen = _find(campaign)
+    table = Table(title=f"History of {chosen.name}", title_justify="left")
+    for column in ("#", "at (UTC)", "what", "version", "before", "why"):
+        table.add_column(column)
+    for event in _store().history(chosen.name):
+        at = event.at.replace("+00:00", "").replace("T", " ")
+        table.add_row(str(event.number), at, event.action, event.version, event.previous or "", event.why)
+    _console().print(table)
+
+
+@champion_app.command("rollback")
+def champion_rollback(
+    campaign: CampaignArgument = DEFAULT_CAMPAIGN,
+    to: Annotated[str | None, typer.Option(help="Version to go back to; the one before, if absent.")] = None,
+    why: Annotated[str, typer.Option(help="Reason, kept in the history.")] = "by hand",
+) -> None:
+    """Make the champion before the present one the champion again."""
+    chosen = _find(campaign)
+    event = _store().roll_back(chosen.name, to, why)
+    print(f"{chosen.name}: version {event.version} is the champion again; before: version {event.previous}")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit status 1, never a stack trace."""
+    try:
+        app()
+    except PropensityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _find(campaign: str) -> Campaign:
+    """A campaign by the path of its file, or by name in the campaigns folder."""
+    path = Path(campaign)
+    if path.suffix in (".yaml", ".yml"):
+        return load_campaign(path)
+    known = {c.name: c for c in load_campaigns(Path(os.environ.get(_CAMPAIGNS) or SHIPPED))}
+    if campaign not in known:
+        raise ConfigError(
+            f"there is no campaign {campaign!r}; there are {', '.join(known)}, or give the path of a YAML file"
+        )
+    return known[campaign]
+
+
+def _environment(campaign: Campaign | None) -> dict[str, str]:
+    """Environment of a Dagster process: its home prepared, telemetry off, the campaign's folder chosen."""
+    home = Home.from_environment().ensure()
+    dagster_home = home.root / "dagster"
+    dagster_home.mkdir(exist_ok=True)
+    settings = dagster_home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text(files("propensity_dagster").joinpath("dagster.yaml").read_text(encoding="utf-8"))
+    quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_DO_NOT_TRACK": "true"}
+    chosen = {_CAMPAIGNS: str(campaign.file.parent)} if campaign and campaign.file.parent != SHIPPED.resolve() else {}
+    return {**os.environ, "PROPENSITY_HOME": str(home.root), "DAGSTER_HOME": str(dagster_home), **quiet, **chosen}
+
+
+def _console() -> Console:
+    """A terminal's own width, else one that fits the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=110)
+
+
+def _store():  # noqa: ANN202
+    from propensity_dagster.registry.mlflow_store import MlflowStore
+
+    return MlflowStore(Home.from_environment())

@@ -1,0 +1,159 @@
+"""Jobs, schedules and sensors of one campaign.
+
+A night: the schedule ingests the days that are new, and when that run succeeds a sensor scores the snapshot
+that sees them. Two runs, because a run has one partition and the last event day of snapshot t is t - 1.
+"""
+
+import json
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.components.common import daily, key
+from propensity_dagster.components.training import candidate_table
+from propensity_dagster.data.ingest import days_to_ingest
+from propensity_dagster.data.lake import Home
+from propensity_dagster.data.sources import campaign_calendar, changed_files, days_in_files
+from propensity_dagster.errors import PropensityError
+from propensity_dagster.features.activity import ACTIVITY
+from propensity_dagster.features.build import ENTITIES
+from propensity_dagster.runtime import Runtime
+
+_RANGE_START = "dagster/asset_partition_range_start"
+_RANGE_END = "dagster/asset_partition_range_end"
+_WATCH_SECONDS = 60
+
+
+def ingest_job_name(campaign: Campaign) -> str:
+    """Name of the job from the source to daily activity."""
+    return f"{campaign.name}__ingest"
+
+
+def train_job_name(campaign: Campaign) -> str:
+    """Name of the job from snapshots to the champion."""
+    return f"{campaign.name}__train"
+
+
+def score_job_name(campaign: Campaign) -> str:
+    """Name of the job from activity to scores."""
+    return f"{campaign.name}__score"
+
+
+def range_tags(first: date, last: date) -> dict[str, str]:
+    """Run tags that make one run materialize every day from first to last."""
+    return {_RANGE_START: str(first), _RANGE_END: str(last)}
+
+
+def campaign_automation(campaign: Campaign) -> dg.Definitions:
+    """Jobs, schedules and sensors."""
+    ingest, train, score = _jobs(campaign)
+    schedules = [_nightly(campaign, ingest), _monthly(campaign, train)]
+    sensors = [_score_after_ingest(campaign, ingest, score), _new_files(campaign, ingest)]
+    return dg.Definitions(jobs=[ingest, train, score], schedules=schedules, sensors=sensors)
+
+
+def _jobs(campaign: Campaign) -> tuple[Any, Any, Any]:
+    streams = campaign.source.streams
+    entities = campaign.source.entities.table
+    ingested = [ACTIVITY, *(f"{stage}_{name}" for name in streams for stage in ("raw", "validated"))]
+    ingested += [f"raw_{entities}", f"validated_{entities}"] if entities else [ENTITIES]
+    trained = ["training_set", *(candidate_table(c) for c in campaign.models), "evaluation", "champion"]
+
+    def job(name: str, tables: list[str], description: str, partitioned: bool) -> Any:
+        return dg.define_asset_job(
+            name,
+            selection=dg.AssetSelection.assets(*(key(campaign, table) for table in tables)),
+            partitions_def=daily(campaign) if partitioned else None,
+            description=description,
+            # One process: each more costs seconds of imports. Override in the launchpad on a large server.
+            executor_def=dg.in_process_executor,
+            tags={"propensity/campaign": campaign.name},
+        )
+
+    return (
+        job(ingest_job_name(campaign), ingested, "From the source to daily activity.", True),
+        job(train_job_name(campaign), trained, "Train every candidate, judge them, promote if earned.", False),
+        job(score_job_name(campaign), ["features", "scores"], "Features and scores of a snapshot.", True),
+    )
+
+
+def _nightly(campaign: Campaign, job: Any) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name=f"{campaign.name}__nightly",
+        cron_schedule=campaign.schedule.score,
+        job=job,
+        execution_timezone="UTC",
+        description="Ingests the days up to yesterday that are new; scoring follows.",
+    )
+    def nightly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        now = context.scheduled_execution_time.astimezone(UTC)
+        days = days_to_ingest(campaign, Home.from_environment(), until=now.date() - timedelta(days=1))
+        if days is None:
+            return dg.SkipReason(f"the event log ended on {campaign_calendar(campaign).last}: nothing is new")
+        return dg.RunRequest(run_key=f"{now.date()}", tags=range_tags(*days))
+
+    return nightly
+
+
+def _monthly(campaign: Campaign, job: Any) -> dg.ScheduleDefinition:
+    return dg.ScheduleDefinition(
+        name=f"{campaign.name}__monthly",
+        cron_schedule=campaign.schedule.train,
+        job=job,
+        execution_timezone="UTC",
+        description="Trains a challenger; the gate decides.",
+    )
+
+
+def _score_after_ingest(campaign: Campaign, ingest: Any, score: Any) -> dg.SensorDefinition:
+    @dg.run_status_sensor(
+        name=f"{campaign.name}__score_after_ingest",
+        run_status=dg.DagsterRunStatus.SUCCESS,
+        monitored_jobs=[ingest],
+        request_job=score,
+        description="Scores the snapshot that sees the days just ingested.",
+    )
+    def score_after_ingest(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.SkipReason:
+        tags = context.dagster_run.tags
+        newest = tags.get(_RANGE_END) or tags.get("dagster/partition")
+        if newest is None:
+            return dg.SkipReason("the run had no partition")
+        if Runtime.from_environment().store.champion(campaign.name) is None:
+            return dg.SkipReason(f"no champion yet: run {train_job_name(campaign)} first")
+        snapshot = date.fromisoformat(newest) + timedelta(days=1)
+        return dg.RunRequest(run_key=context.dagster_run.run_id, partition_key=str(snapshot))
+
+    return score_after_ingest
+
+
+def _new_files(campaign: Campaign, job: Any) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{campaign.name}__new_files",
+        job=job,
+        minimum_interval_seconds=_WATCH_SECONDS,
+        description="Ingests the days of files that are new or changed in the watched folder.",
+    )
+    def new_files(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        runtime = Runtime.from_environment()
+        seen: dict[str, str] = json.loads(context.cursor or "{}")
+        try:
+            state, changed = changed_files(campaign, runtime.home, seen)
+            if not changed:
+                return dg.SkipReason("no new or changed file")
+            with runtime.engine() as engine:
+                days = days_in_files(campaign, changed, runtime.home, engine)
+        except PropensityError as error:
+            return dg.SkipReason(str(error))
+        context.update_cursor(json.dumps(state))
+        if days is None:
+            return dg.SkipReason(f"{len(changed)} changed files hold no event of the campaign's calendar")
+        names = ", ".join(Path(file).name for file in changed[:5])
+        return dg.RunRequest(
+            run_key=f"{days[0]}..{days[1]}@{datetime.now(UTC).isoformat()}",
+            tags={**range_tags(*days), "propensity/new_files": names[:200]},
+        )
+
+    return new_files

@@ -1,0 +1,42 @@
+"""The component: a folder of campaign files becomes assets, checks, jobs, schedules and sensors."""
+
+import os
+from pathlib import Path
+
+import dagster as dg
+
+from propensity_dagster.campaign import Campaign, load_campaigns
+from propensity_dagster.components.automation import campaign_automation
+from propensity_dagster.components.ingestion import ingestion_assets
+from propensity_dagster.components.scoring import scoring_assets
+from propensity_dagster.components.training import training_assets
+from propensity_dagster.data.lake import require_folder
+
+CAMPAIGNS_VARIABLE = "PROPENSITY_CAMPAIGNS"
+
+
+class CampaignFolder(dg.Component, dg.Model, dg.Resolvable):
+    """Every `*.yaml` of `path`, or of the folder that PROPENSITY_CAMPAIGNS names, is one campaign."""
+
+    path: str
+
+    def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:
+        """Definitions of every campaign of the folder.
+
+        Raises:
+            ConfigError: naming file and key, when a campaign file does not parse.
+        """
+        folder = campaigns_folder(context.path.parent / self.path if context.path.is_file() else context.path / self.path)
+        return dg.Definitions.merge(*(campaign_definitions(campaign) for campaign in load_campaigns(folder)))
+
+
+def campaigns_folder(default: Path) -> Path:
+    """The folder of campaign files: PROPENSITY_CAMPAIGNS, else `default`."""
+    stated = os.environ.get(CAMPAIGNS_VARIABLE)
+    return require_folder(Path(stated) if stated else default.resolve(), CAMPAIGNS_VARIABLE)
+
+
+def campaign_definitions(campaign: Campaign) -> dg.Definitions:
+    """Everything of one campaign but the resources, which are the deployment's."""
+    assets = [*ingestion_assets(campaign), *training_assets(campaign), *scoring_assets(campaign)]
+    return dg.Definitions.merge(dg.Definitions(assets=assets), campaign_automation(campaign))

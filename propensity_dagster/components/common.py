@@ -1,0 +1,118 @@
+"""What the asset factories share: keys, partitions, user errors, metadata."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date, timedelta
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import dagster as dg
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.ingest import days_between
+from propensity_dagster.data.sources import campaign_calendar
+from propensity_dagster.errors import PropensityError, SourceError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SOURCE_RETRIES = dg.RetryPolicy(max_retries=3, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+RUNTIME = "runtime"
+
+
+def key(campaign: Campaign, table: str) -> dg.AssetKey:
+    """Asset key of a table: campaign, then table."""
+    return dg.AssetKey([campaign.name, table])
+
+
+def daily(campaign: Campaign) -> dg.DailyPartitionsDefinition:
+    """Days of events and instants of snapshots: one definition, so that any day can be scored.
+
+    The day after the last event day is a snapshot too: it sees all events.
+    """
+    calendar = campaign_calendar(campaign)
+    if calendar.last is None:
+        return dg.DailyPartitionsDefinition(start_date=str(calendar.first), end_offset=1)
+    end = calendar.last + timedelta(days=2)
+    return dg.DailyPartitionsDefinition(start_date=str(calendar.first), end_date=str(end))
+
+
+def partition_days(context: dg.AssetExecutionContext) -> list[date]:
+    """The days this run materializes: one, or every day of a range."""
+    window = context.partition_key_range
+    return days_between(date.fromisoformat(window.start), date.fromisoformat(window.end))
+
+
+def window_dependency(asset: dg.AssetKey, first: int, last: int) -> dg.AssetDep:
+    """A snapshot's dependency on days relative to it, from `first` to `last`."""
+    mapping = dg.TimeWindowPartitionMapping(
+        start_offset=first, end_offset=last, allow_nonexistent_upstream_partitions=True
+    )
+    return dg.AssetDep(asset, partition_mapping=mapping)
+
+
+def user_errors(function: Callable[P, T]) -> Callable[P, T]:
+    """Turn our errors into Dagster failures that say what to mend; only a source is worth another attempt."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except PropensityError as error:
+            raise dg.Failure(
+                description=str(error),
+                metadata={"error": type(error).__name__},
+                allow_retries=isinstance(error, SourceError),
+            ) from error
+
+    return wrapped
+
+
+def blocking(name: str, asset: dg.AssetKey, description: str) -> dg.AssetCheckSpec:
+    """A check whose failure stops what is downstream."""
+    return dg.AssetCheckSpec(name, asset=asset, blocking=True, description=description)
+
+
+def warning(name: str, asset: dg.AssetKey, description: str) -> dg.AssetCheckSpec:
+    """A check whose failure is shown and stops nothing."""
+    return dg.AssetCheckSpec(name, asset=asset, blocking=False, description=description)
+
+
+def checked(
+    asset: dg.AssetKey, name: str, passed: bool, *, warn: bool = False, **metadata: Any
+) -> dg.AssetCheckResult:
+    """The result of a check."""
+    severity = dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR
+    return dg.AssetCheckResult(
+        passed=bool(passed), asset_key=asset, check_name=name, severity=severity, metadata=metadata
+    )
+
+
+def note_partitions(
+    context: dg.AssetExecutionContext, asset: dg.AssetKey, rows: Mapping[date, Mapping[str, Any]]
+) -> None:
+    """Numbers of each partition, which the UI plots over time."""
+    for day, metadata in rows.items():
+        context.add_asset_metadata(metadata, asset_key=asset, partition_key=str(day))
+
+
+def row_counts(counts: Mapping[date, int], name: str = "rows") -> dict[date, dict[str, Any]]:
+    """Metadata of row counts per partition."""
+    return {day: {name: count} for day, count in counts.items()}
+
+
+@contextmanager
+def timed(metadata: dict[str, Any]) -> Iterator[None]:
+    """Adds `seconds` to the metadata."""
+    import time
+
+    start = time.perf_counter()
+    yield
+    metadata["seconds"] = round(time.perf_counter() - start, 3)
+
+
+def records_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    """A small table in the UI."""
+    records = [dg.TableRecord({k: v if isinstance(v, int | float | bool) else str(v) for k, v in r.items()}) for r in rows]
+    columns = [dg.TableColumn(name) for name in (rows[0] if rows else {})]
+    return dg.MetadataValue.table(records=records, schema=dg.TableSchema(columns=columns))

@@ -1,0 +1,126 @@
+"""Runs one campaign end to end through Dagster, in this process: what `propensity demo` starts.
+
+    python -m propensity_dagster.components.launch CAMPAIGN
+
+Ingestion of every day, training, and scores of the newest snapshot are three runs of the campaign's jobs,
+recorded in DAGSTER_HOME like any other, so that the UI shows them.
+"""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+
+from propensity_dagster.campaign import SHIPPED, Campaign, load_campaigns
+from propensity_dagster.components.automation import (
+    ingest_job_name,
+    range_tags,
+    score_job_name,
+    train_job_name,
+)
+from propensity_dagster.components.campaign_folder import campaigns_folder
+from propensity_dagster.data.ingest import days_to_ingest, newest_event_day
+from propensity_dagster.data.sources import campaign_calendar, source_folder
+from propensity_dagster.errors import ConfigError, PropensityError
+from propensity_dagster.runtime import Runtime
+
+logger = logging.getLogger("propensity_dagster.launch")
+
+_DAGSTER_PREFIX = re.compile(r"^\S+ - [0-9a-f-]{36} - (\S+ - )?")
+_QUIET: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+def run_campaign(campaign: Campaign, runtime: Runtime, defs: dg.Definitions, instance: dg.DagsterInstance) -> None:
+    """Ingest what is new, train, and score the newest snapshot.
+
+    Raises:
+        PropensityError: with the message of the first asset that failed.
+    """
+    source_folder(campaign, runtime.home.ensure())  # makes a synthetic world, with progress
+    calendar = campaign_calendar(campaign)
+    yesterday = calendar.last or _yesterday()
+    days = days_to_ingest(campaign, runtime.home, until=yesterday)
+    if days is not None:
+        _run(defs, instance, ingest_job_name(campaign), tags=range_tags(*days))
+    _run(defs, instance, train_job_name(campaign))
+    if runtime.store.champion(campaign.name) is None:
+        logger.warning("no champion: the gate refused the first challenger, so there is nothing to score with")
+        return
+    snapshot = newest_event_day(campaign, runtime.home) + timedelta(days=1)
+    _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot))
+
+
+def _run(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    job: str,
+    tags: Mapping[str, str] | None = None,
+    partition_key: str | None = None,
+) -> None:
+    start = time.perf_counter()
+    logger.info("run %s %s", job, partition_key or " to ".join((tags or {}).values()))
+    result = defs.resolve_job_def(job).execute_in_process(
+        run_config=_QUIET, instance=instance, tags=dict(tags or {}), partition_key=partition_key, raise_on_error=False
+    )
+    if not result.success:
+        raise PropensityError(_failure_of(result))
+    logger.info("run %s finished in %.1f s", job, time.perf_counter() - start)
+
+
+def _failure_of(result: dg.ExecuteInProcessResult) -> str:
+    for event in result.all_events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            failure = data.user_failure_data
+            if failure is not None and failure.description:
+                return f"{event.step_key}: {failure.description}"
+            return f"{event.step_key}: {data.error.to_string() if data.error else event.message}"
+    failed = [e.asset_check_evaluation_data for e in result.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"]
+    broken = [f"{c.asset_key.to_user_string()}: check {c.check_name} failed" for c in failed if not c.passed]
+    return "; ".join(broken) or "the run failed; its log is in the Dagster UI (propensity dev)"
+
+
+def _yesterday() -> date:
+    return datetime.now(UTC).date() - timedelta(days=1)
+
+
+class _Progress(logging.Formatter):
+    """Time and message; Dagster's own prefix of job, run and step is for its log, not for a person's eye."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = _DAGSTER_PREFIX.sub("", record.getMessage())
+        return f"{self.formatTime(record, '%H:%M:%S')}  {text}"
+
+
+def _show_progress() -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Progress())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for noisy in ("dagster", "alembic", "mlflow"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def main(name: str) -> int:
+    """Run the campaign `name` of the campaigns folder; 0 when everything ran."""
+    _show_progress()
+    try:
+        campaigns = {c.name: c for c in load_campaigns(campaigns_folder(SHIPPED))}
+        if name not in campaigns:
+            raise ConfigError(f"there is no campaign {name!r}; there are {', '.join(campaigns)}")
+        from propensity_dagster.definitions import defs
+
+        with dg.DagsterInstance.get() as instance:
+            run_campaign(campaigns[name], Runtime.from_environment(), defs(), instance)
+    except PropensityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

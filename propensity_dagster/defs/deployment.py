@@ -1,0 +1,31 @@
+"""Resources and sensors that belong to the deployment, not to a campaign."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from propensity_dagster.components.failures import record_failures
+from propensity_dagster.data.lake import Home
+from propensity_dagster.runtime import DEFAULT_MEMORY_GB, Runtime
+
+
+class RuntimeResource(dg.ConfigurableResource[Runtime]):
+    """Hands out a plain `Runtime`; an empty home means PROPENSITY_HOME, else ./.propensity."""
+
+    home: str = ""
+    memory_gb: float = DEFAULT_MEMORY_GB
+    threads: int | None = None
+
+    def create_resource(self, context: dg.InitResourceContext) -> Any:
+        """The object that assets receive."""
+        del context
+        if not self.home:
+            return Runtime.from_environment()
+        return Runtime(Home(Path(self.home).resolve()), self.memory_gb, self.threads)
+
+
+@dg.definitions
+def deployment() -> dg.Definitions:
+    """The runtime resource and the failure sensor."""
+    return dg.Definitions(resources={"runtime": RuntimeResource()}, sensors=[record_failures])

@@ -1,0 +1,174 @@
+"""The summary a person reads at the end of a run."""
+
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.lake import Home
+from propensity_dagster.evaluation.evaluate import ORACLE
+from propensity_dagster.evaluation.value import ContactPlan, plan_contacts
+from propensity_dagster.features.snapshots import SPLITS
+from propensity_dagster.models.training import BASELINE
+from propensity_dagster.scoring.batch import SCORES
+from propensity_dagster.scoring.candidates import read_evaluation
+
+_COLUMNS = {
+    "log_loss": ("log loss", "{:.4f}"),
+    "auc": ("AUC", "{:.3f}"),
+    "average_precision": ("average\nprecision", "{:.3f}"),
+    "calibration_error": ("calibr.\nerror", "{:.4f}"),
+    "top_decile_lift": ("top 10%\nlift", "{:.2f}"),
+}
+_NOTES = {"constant": "one score for all", BASELINE: "RFM cells", ORACLE: "best possible here"}
+
+
+def print_summary(campaign: Campaign, home: Home, console: Console) -> None:
+    """Print what a run of this campaign did, from what it left in the home folder."""
+    record = read_evaluation(campaign, home)
+    parts = [
+        *_data(campaign, home),
+        _models(record),
+        Text(_sentence_of_decision(record)),
+        *_oracle(record),
+        *_value(campaign, home),
+        _where(campaign, home),
+    ]
+    body = Group(*(item for part in parts for item in (part, Text(""))))
+    console.print(Panel(body, title=f"{campaign.name}: {campaign.description}", padding=(1, 2)))
+
+
+def _data(campaign: Campaign, home: Home) -> list[Any]:
+    lake = home.lake(campaign.name)
+    table = Table(title="Rows", title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("table", "read", "good", "quarantined", "duplicates"):
+        table.add_column(column, justify="left" if column == "table" else "right")
+    names = [campaign.source.entities.table] if campaign.source.entities.table else []
+    for name in [*names, *campaign.source.streams]:
+        counts = [_rows(lake.root / f"{stage}_{name}") for stage in ("raw", "validated", "quarantine")]
+        read, good, bad = counts
+        table.add_row(name, *(f"{n:,}" for n in (read, good, bad, read - good - bad)))
+    splits = pq.read_table(lake.existing(SPLITS)).to_pylist()
+    used = [s for s in splits if s["rows"]]
+    rows, converted = sum(s["rows"] for s in used), sum(s["converted"] for s in used)
+    counts = {name: sum(s["split"] == name for s in splits) for name in ("train", "validate", "test", "embargo")}
+    caption = (
+        f"{len(used)} snapshots from {used[0]['snapshot']} to {used[-1]['snapshot']} "
+        f"({counts['train']} to train, {counts['validate']} to validate, {counts['test']} to test, "
+        f"{counts['embargo']} embargoed): {rows:,} rows, {converted:,} converted ({converted / rows:.2%})"
+    )
+    return [table, Text(caption)]
+
+
+def _models(record: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"Models on {record['rows']:,} rows of the test snapshots, which nothing was fitted on",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        padding=(0, 3, 0, 0),
+    )
+    table.add_column("model", no_wrap=True)
+    for words, _ in _COLUMNS.values():
+        table.add_column(words, justify="right")
+    table.add_column("")
+    ranked = sorted(record["models"].items(), key=lambda item: -item[1]["log_loss"]["value"])
+    for name, metrics in ranked:
+        cells = [_cell(metrics[m]["value"], form) for m, (_, form) in _COLUMNS.items()]
+        chosen = name == record["challenger"]
+        note = "challenger" if chosen else _NOTES.get(name, "")
+        table.add_row(name, *cells, note, style="bold" if chosen else "dim" if name in _NOTES else "")
+    return table
+
+
+def _sentence_of_decision(record: dict[str, Any]) -> str:
+    decision = record["decision"]
+    comparison = record["comparisons"][BASELINE]["log_loss"]
+    against = f"Against the baseline its log loss is {comparison['value']:+.4f}"
+    interval = f" (95% interval {comparison['low']:+.4f} to {comparison['high']:+.4f})."
+    return f"{decision['sentence']}. {against}{interval}".replace("_", " ")
+
+
+def _oracle(record: dict[str, Any]) -> list[Text]:
+    if ORACLE not in record["models"]:
+        return []
+    best, reached = (record["models"][name]["auc"]["value"] for name in (ORACLE, record["challenger"]))
+    return [
+        Text(
+            f"These data are synthetic, so the best possible is known: AUC {best:.3f}, log loss "
+            f"{record['models'][ORACLE]['log_loss']['value']:.4f}. {record['challenger'].replace('_', ' ')} "
+            f"reaches {(reached - 0.5) / (best - 0.5):.1%} of the oracle's AUC above one half."
+        )
+    ]
+
+
+def _value(campaign: Campaign, home: Home) -> list[Text]:
+    found = newest_scores(campaign, home)
+    if found is None:
+        return [Text("Nobody was scored: there is no champion.")]
+    snapshot, file = found
+    plan = plan_contacts(pq.read_table(file, columns=["probability"])["probability"].to_numpy(), campaign.value)
+    return [Text(describe_plan(campaign, snapshot, plan))]
+
+
+def newest_scores(campaign: Campaign, home: Home) -> tuple[date, Path] | None:
+    """The newest scored snapshot and its file."""
+    lake = home.lake(campaign.name)
+    scored = lake.partitions(SCORES, "snapshot")
+    return (scored[-1], lake.partition(SCORES, "snapshot", scored[-1])) if scored else None
+
+
+def describe_plan(campaign: Campaign, snapshot: date, plan: ContactPlan) -> str:
+    """Who is worth contacting, in words."""
+    value = campaign.value
+    if not plan.contacted:
+        return (
+            f"On {snapshot} nobody of {plan.scored:,} is worth a contact: a contact costs "
+            f"{value.cost_per_contact:g}, a conversion brings {value.margin_per_conversion:g}."
+        )
+    capped = "" if plan.contacted == plan.above_break_even else f" (capacity; {plan.above_break_even:,} would pay)"
+    profit, sold = plan.expected_profit, plan.expected_conversions
+    return (
+        f"On {snapshot} {plan.contacted:,} of {plan.scored:,} customers are worth contacting{capped}: those above "
+        f"{plan.cut_off:.2%}, where a contact for {value.cost_per_contact:g} earns more than it costs at a margin "
+        f"of {value.margin_per_conversion:g}. Expected: {sold.value:,.0f} conversions "
+        f"({sold.low:,.0f} to {sold.high:,.0f}) and a profit of {profit.value:,.0f} "
+        f"({profit.low:,.0f} to {profit.high:,.0f}); contacting all would bring "
+        f"{plan.profit_of_contacting_all:,.0f}."
+    )
+
+
+def _where(campaign: Campaign, home: Home) -> Table:
+    table = Table(title="Where to look next", title_justify="left", box=None, pad_edge=False, show_header=False)
+    found = newest_scores(campaign, home)
+    reports = home.reports(campaign.name)
+    rows = [
+        ("lineage, runs, checks", "make dev"),
+        ("scores", _short(found[1]) if found else "none"),
+        ("plots", f"{_short(reports)}/*.png"),
+        ("every number", _short(reports / "evaluation.json")),
+        ("features explained", _short(reports / "features.md")),
+        ("champion", f"propensity champion show {campaign.name}"),
+    ]
+    for what, where in rows:
+        table.add_row(what, where)
+    return table
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _rows(folder: Path) -> int:
+    files = folder.glob("**/part.parquet")
+    return sum(pq.read_metadata(file).num_rows for file in files)

@@ -1,0 +1,75 @@
+"""Carrying out the gate's decision in the model store, and finding the champion."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.lake import Home
+from propensity_dagster.errors import DataContractError
+from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.saved import load_model
+from propensity_dagster.registry.store import ModelStore
+
+
+@dataclass(frozen=True)
+class PromotionReport:
+    """What was decided, and who is the champion now."""
+
+    promoted: bool
+    sentence: str
+    criteria: list[dict[str, Any]]
+    challenger_version: str
+    champion_version: str | None
+
+
+def champion_model(campaign: Campaign, store: ModelStore) -> tuple[str, FittedModel] | None:
+    """Version and model of the champion, if there is one."""
+    champion = store.champion(campaign.name)
+    if champion is None:
+        return None
+    return champion.version, load_model(store.folder(campaign.name, champion.version))
+
+
+def require_champion(campaign: Campaign, store: ModelStore) -> tuple[str, FittedModel]:
+    """Version and model of the champion.
+
+    Raises:
+        DataContractError: when there is none.
+    """
+    found = champion_model(campaign, store)
+    if found is None:
+        raise DataContractError(
+            f"{campaign.name}: there is no champion: run the job {campaign.name}__train first; if it ran, the "
+            "gate refused every challenger (propensity champion history)"
+        )
+    return found
+
+
+def promote_if_decided(
+    campaign: Campaign, record: dict[str, Any], home: Home, store: ModelStore
+) -> PromotionReport:
+    """Register the challenger of an evaluation and carry out its decision.
+
+    Running it again, after a crash or by hand, changes nothing: an equal model keeps its version, and a
+    version that is the champion already is neither promoted nor refused again.
+    """
+    decision = record["decision"]
+    folder = home.candidates(campaign.name) / record["challenger"]
+    facts = {
+        **{f"snapshots_{split}": f"{s[0]} to {s[-1]}" for split, s in record["snapshots"].items()},
+        "rows_test": record["rows"],
+        "outcome_rate_test": record["outcome_rate"],
+        **{f"training_{k}": v for k, v in record["training"][record["challenger"]]["rows"].items()},
+    }
+    challenger = store.record_training(campaign.name, folder, record, home.reports(campaign.name), facts)
+    champion = store.champion(campaign.name)
+    sentence = decision["sentence"]
+    if champion is not None and champion.version == challenger.version:
+        sentence = f"{record['challenger']} (version {challenger.version}) is the champion already: the same model"
+        return PromotionReport(True, sentence, decision["criteria"], challenger.version, champion.version)
+    if decision["promoted"]:
+        store.promote(campaign.name, challenger.version, sentence)
+        return PromotionReport(True, sentence, decision["criteria"], challenger.version, challenger.version)
+    store.refuse(campaign.name, challenger.version, sentence)
+    now = champion.version if champion else None
+    return PromotionReport(False, sentence, decision["criteria"], challenger.version, now)
