@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from propensity_dagster.errors import ConfigError
 
@@ -95,12 +103,17 @@ class Entities(_Frozen):
 
 
 class Stream(_Table):
-    """An event log. `lines: true` says that several rows share one id and together are one event."""
+    """An event log.
+
+    `lines: true` says that several rows share one id and together are one event. `equal_rows: keep` says that
+    rows equal in every column are different events, not one written twice; it is for logs without an id.
+    """
 
     time: str
     time_format: str | None = None
     id: str | None = None
     lines: bool = False
+    equal_rows: Literal["drop", "keep"] = "drop"
     amount: str | None = None
     minimum_amount: float | None = 0.0
     measures: tuple[str, ...] = ()
@@ -113,6 +126,8 @@ class Stream(_Table):
     def _lines_need_an_id(self) -> "Stream":
         if self.lines and self.id is None:
             raise ValueError("lines: true needs an 'id': which rows belong to one event?")
+        if self.equal_rows == "keep" and self.id is not None and not self.lines:
+            raise ValueError("equal_rows: keep contradicts 'id': rows with one id are one event")
         return self
 
 
@@ -333,9 +348,7 @@ def load_campaigns(folder: Path) -> list[Campaign]:
     for file in files:
         campaign = load_campaign(file)
         if campaign.name in campaigns:
-            raise ConfigError(
-                f"{file}: name: {campaign.name!r} is already the name of {campaigns[campaign.name].file}"
-            )
+            raise ConfigError(f"{file}: name: {campaign.name!r} is already the name of {campaigns[campaign.name].file}")
         campaigns[campaign.name] = campaign
     return list(campaigns.values())
 
@@ -348,9 +361,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # pyright: ignore[reportUnknownVariableType]
             if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} given twice", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -135,7 +135,13 @@ def _environment(campaign: Campaign | None) -> dict[str, str]:
         settings.write_text(files("propensity_dagster").joinpath("dagster.yaml").read_text(encoding="utf-8"))
     quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_DO_NOT_TRACK": "true"}
     chosen = {_CAMPAIGNS: str(campaign.file.parent)} if campaign and campaign.file.parent != SHIPPED.resolve() else {}
-    return {**os.environ, "PROPENSITY_HOME": str(home.root), "DAGSTER_HOME": str(dagster_home), **quiet, **chosen}
+    return {
+        **os.environ,
+        "PROPENSITY_HOME": str(home.root),
+        "DAGSTER_HOME": str(dagster_home),
+        **quiet,
+        **chosen,
+    }
 
 
 def _console() -> Console:
@@ -144,7 +150,7 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=110)
 
 
-def _store():  # noqa: ANN202
+def _store():
     from propensity_dagster.registry.mlflow_store import MlflowStore
 
     return MlflowStore(Home.from_environment())

@@ -1,7 +1,7 @@
 """What a stage runs with: the home folder, an engine, the model store. Plain objects, no orchestration."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +34,7 @@ class Runtime:
         return cls(Home.from_environment(), memory or DEFAULT_MEMORY_GB, int(threads) if threads else None)
 
     @contextmanager
-    def engine(self) -> Iterator[Engine]:
+    def engine(self) -> Generator[Engine]:
         """A fresh engine; what it holds is gone afterwards."""
         with open_engine(self.memory_gb, self.threads) as engine:
             yield engine

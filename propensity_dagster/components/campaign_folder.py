@@ -26,7 +26,9 @@ class CampaignFolder(dg.Component, dg.Model, dg.Resolvable):
         Raises:
             ConfigError: naming file and key, when a campaign file does not parse.
         """
-        folder = campaigns_folder(context.path.parent / self.path if context.path.is_file() else context.path / self.path)
+        folder = campaigns_folder(
+            context.path.parent / self.path if context.path.is_file() else context.path / self.path
+        )
         return dg.Definitions.merge(*(campaign_definitions(campaign) for campaign in load_campaigns(folder)))
 
 

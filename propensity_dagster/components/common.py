@@ -1,6 +1,6 @@
 """What the asset factories share: keys, partitions, user errors, metadata."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, timedelta
 from functools import wraps
@@ -78,9 +78,7 @@ def warning(name: str, asset: dg.AssetKey, description: str) -> dg.AssetCheckSpe
     return dg.AssetCheckSpec(name, asset=asset, blocking=False, description=description)
 
 
-def checked(
-    asset: dg.AssetKey, name: str, passed: bool, *, warn: bool = False, **metadata: Any
-) -> dg.AssetCheckResult:
+def checked(asset: dg.AssetKey, name: str, passed: bool, *, warn: bool = False, **metadata: Any) -> dg.AssetCheckResult:
     """The result of a check."""
     severity = dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR
     return dg.AssetCheckResult(
@@ -102,7 +100,7 @@ def row_counts(counts: Mapping[date, int], name: str = "rows") -> dict[date, dic
 
 
 @contextmanager
-def timed(metadata: dict[str, Any]) -> Iterator[None]:
+def timed(metadata: dict[str, Any]) -> Generator[None]:
     """Adds `seconds` to the metadata."""
     import time
 
@@ -113,6 +111,8 @@ def timed(metadata: dict[str, Any]) -> Iterator[None]:
 
 def records_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
     """A small table in the UI."""
-    records = [dg.TableRecord({k: v if isinstance(v, int | float | bool) else str(v) for k, v in r.items()}) for r in rows]
+    records = [
+        dg.TableRecord({k: v if isinstance(v, int | float | bool) else str(v) for k, v in r.items()}) for r in rows
+    ]
     columns = [dg.TableColumn(name) for name in (rows[0] if rows else {})]
     return dg.MetadataValue.table(records=records, schema=dg.TableSchema(columns=columns))

@@ -39,12 +39,17 @@ class BatchingSqliteEventLogStorage(SqliteEventLogStorage):
         return cls(inst_data=inst_data, base_dir=str(base))
 
     def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
-        """Store events of one run; the asset events among them also in the index, as `store_event` does."""
-        if len({event.run_id for event in events}) != 1 or not all(_is_asset_event(e) for e in events):
-            super().store_event_batch(events)
-            return
+        """Store events of runs: the asset events together, in the run's shard and in the index, others singly."""
+        for run_id in dict.fromkeys(event.run_id for event in events):
+            of_run = [event for event in events if event.run_id == run_id]
+            together = [event for event in of_run if _is_asset_event(event)]
+            super().store_event_batch([event for event in of_run if not _is_asset_event(event)])
+            if together:
+                self._store_asset_events(run_id, together)
+
+    def _store_asset_events(self, run_id: str, events: Sequence[EventLogEntry]) -> None:
         rows = [self._event_to_row(event) for event in events]
-        with self.run_connection(events[0].run_id) as connection:
+        with self.run_connection(run_id) as connection:
             connection.execute(SqlEventLogStorageTable.insert(), rows)
         with self.index_transaction() as connection:
             connection.execute(SqlEventLogStorageTable.insert(), rows)
@@ -52,7 +57,7 @@ class BatchingSqliteEventLogStorage(SqliteEventLogStorage):
             last = connection.execute(db.select(db.func.max(SqlEventLogStorageTable.c.id))).scalar_one()
             ids = range(last - len(events) + 1, last + 1)
             self._store_asset_event_tags(connection, events, list(ids))
-            newest = {event.dagster_event.asset_key: (event, i) for event, i in zip(events, ids, strict=True)}  # type: ignore[union-attr]
+            newest = {event.get_dagster_event().asset_key: (event, i) for event, i in zip(events, ids, strict=True)}
             for event, event_id in newest.values():
                 self._store_asset_event(connection, event, event_id)
 

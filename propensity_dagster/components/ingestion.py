@@ -187,9 +187,7 @@ def _activity(campaign: Campaign) -> dg.AssetsDefinition:
         note_partitions(context, asset, row_counts(report.rows_by_day))
         return dg.MaterializeResult(
             metadata={"rows_in_run": report.rows, "events": report.events},
-            check_results=[
-                checked(asset, "events_add_up", report.events == report.events_read, counted=report.events)
-            ],
+            check_results=[checked(asset, "events_add_up", report.events == report.events_read, counted=report.events)],
         )
 
     return activity

@@ -65,7 +65,11 @@ def _run(
     start = time.perf_counter()
     logger.info("run %s %s", job, partition_key or " to ".join((tags or {}).values()))
     result = defs.resolve_job_def(job).execute_in_process(
-        run_config=_QUIET, instance=instance, tags=dict(tags or {}), partition_key=partition_key, raise_on_error=False
+        run_config=_QUIET,
+        instance=instance,
+        tags=dict(tags or {}),
+        partition_key=partition_key,
+        raise_on_error=False,
     )
     if not result.success:
         raise PropensityError(_failure_of(result))
@@ -80,7 +84,9 @@ def _failure_of(result: dg.ExecuteInProcessResult) -> str:
             if failure is not None and failure.description:
                 return f"{event.step_key}: {failure.description}"
             return f"{event.step_key}: {data.error.to_string() if data.error else event.message}"
-    failed = [e.asset_check_evaluation_data for e in result.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"]
+    failed = [
+        e.asset_check_evaluation_data for e in result.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"
+    ]
     broken = [f"{c.asset_key.to_user_string()}: check {c.check_name} failed" for c in failed if not c.passed]
     return "; ".join(broken) or "the run failed; its log is in the Dagster UI (propensity dev)"
 

@@ -50,9 +50,7 @@ def scoring_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
         reports, broken = {}, 0
         with runtime.engine() as engine:
             for snapshot in partition_days(context):
-                reports[snapshot] = score_snapshot(
-                    campaign, snapshot, model, version, scored_at, runtime.home, engine
-                )
+                reports[snapshot] = score_snapshot(campaign, snapshot, model, version, scored_at, runtime.home, engine)
                 broken += score_violations(campaign, snapshot, runtime.home, engine)
         rows = {d: {"rows": r.rows, "mean_probability": r.mean_probability} for d, r in reports.items()}
         note_partitions(context, asset, rows)

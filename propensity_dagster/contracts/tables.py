@@ -55,14 +55,15 @@ def stream_contract(campaign: Campaign, stream: Stream, first: date, last: date)
         columns["amount"] = pa.Column("int64", checks, nullable=False, description="amount in cents")
     for name in stream.measures:
         columns[f"measure_{name}"] = pa.Column(
-            "int64", pa.Check.greater_than_or_equal_to(0), nullable=True, description=f"{name}, in thousandths"
+            "int64",
+            pa.Check.greater_than_or_equal_to(0),
+            nullable=True,
+            description=f"{name}, in thousandths",
         )
     for name in stream.categories:
         columns[f"category_{name}"] = pa.Column(str, nullable=True, description=name)
     if stream.type:
-        columns["type"] = pa.Column(
-            str, pa.Check.isin(list(stream.types)), nullable=False, description="event type"
-        )
+        columns["type"] = pa.Column(str, pa.Check.isin(list(stream.types)), nullable=False, description="event type")
     if stream.ingested_at:
         columns["ingested_at"] = pa.Column("datetime64[us]", nullable=False, description="when it arrived, UTC")
     return pa.DataFrameSchema(columns, strict=True, name="events")

@@ -4,6 +4,10 @@ Each function gives an expression that is null where a value is missing or does 
 two apart. Nothing here raises on a bad value.
 """
 
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 from typing import Any
 
 import ibis
@@ -41,7 +45,9 @@ def utc_time(column: Any, pattern: str | None, where: str) -> Any:
     if pattern is not None:
         return try_strptime(column.cast("string"), pattern)
     if dtype.is_timestamp():
-        return column.cast("timestamp") if dtype.timezone is None else column.cast(dt.Timestamp("UTC")).cast("timestamp")
+        return (
+            column.cast("timestamp") if dtype.timezone is None else column.cast(dt.Timestamp("UTC")).cast("timestamp")
+        )
     if dtype.is_date():
         return column.cast("timestamp")
     if dtype.is_string():

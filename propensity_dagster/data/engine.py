@@ -5,7 +5,7 @@ A DuckDB file locks out every other process, readers too, so the lake is parquet
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ class Engine:
 
 
 @contextmanager
-def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Iterator[Engine]:
+def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Generator[Engine]:
     """A DuckDB engine bounded to `memory_gb`; what does not fit is spilled to a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="propensity-spill-") as spill:
         backend = ibis.duckdb.connect()
@@ -123,7 +123,7 @@ def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Iterator[
 
 
 @contextmanager
-def _disk_errors(file: Path) -> Iterator[None]:
+def _disk_errors(file: Path) -> Generator[None]:
     import duckdb
 
     try:

@@ -5,6 +5,10 @@ Rows of an event log whose day cannot be known go to the pseudo-partition `unpla
 every ingestion, so that none is lost and none is counted twice.
 """
 
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +29,7 @@ from propensity_dagster.data import coerce
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import UNPLACED, Home, publish_table
 from propensity_dagster.data.quarantine import REASON, count_violations, reason_for
-from propensity_dagster.data.sources import campaign_calendar, open_table, select_declared, with_retries
+from propensity_dagster.data.sources import campaign_calendar, open_table, reading, select_declared
 from propensity_dagster.errors import DataContractError, InsufficientDataError
 
 logger = logging.getLogger(__name__)
@@ -78,9 +82,7 @@ def day_index(day: date) -> int:
     return (day - EPOCH).days
 
 
-def ingest_stream(
-    campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine
-) -> RawReport:
+def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine) -> RawReport:
     """Copy the declared columns of one event log for these days into `raw_<name>`, one file a day.
 
     Raises:
@@ -92,7 +94,7 @@ def ingest_stream(
     lake = home.lake(campaign.name)
     calendar = campaign_calendar(campaign)
 
-    def read() -> RawReport:
+    with reading(f"{campaign.file}: {where}"):
         table = _declared_stream(campaign, name, stream, home, engine)
         time = coerce.utc_time(table[stream.time], stream.time_format, f"{campaign.file}: {where}.time")
         zone = "naive, taken as UTC" if coerce.is_naive(table[stream.time].type(), stream.time_format) else "to UTC"
@@ -115,11 +117,14 @@ def ingest_stream(
             raise InsufficientDataError(
                 f"{campaign.file}: {where}: table {stream.table!r} has no rows that pass its filter"
             )
-        return RawReport(total, unplaced, late, zone, rows)
-
-    report = with_retries(read, f"{campaign.file}: {where}")
+    report = RawReport(total, unplaced, late, zone, rows)
     logger.info(
-        "raw_%s: %s rows of %s to %s, %s without a usable day", name, f"{report.rows:,}", first, last, report.unplaced
+        "raw_%s: %s rows of %s to %s, %s without a usable day",
+        name,
+        f"{report.rows:,}",
+        first,
+        last,
+        report.unplaced,
     )
     return report
 
@@ -153,16 +158,20 @@ def validate_stream(
     row = row.filter(inside | row.day.isnull() | ~in_calendar)
     row = row.mutate(day=ibis.ifelse(inside, row.day, ibis.null().cast("int32")))
     raw_columns = [c for c in row.columns if c.startswith(_RAW)]
-    identity = ["event_id"] if stream.id and not stream.lines else raw_columns
-    checked = engine.cache(_mark_duplicates(row, ["day", *identity], raw_columns))
+    checked = engine.cache(_mark_duplicates(row, _identity(stream, raw_columns), raw_columns))
 
     quarantine = checked.filter(checked.reason.notnull())
     quarantine = quarantine.select(
-        "day", **{c.removeprefix(_RAW): quarantine[c].cast("string") for c in raw_columns}, reason=quarantine.reason
+        "day",
+        **{c.removeprefix(_RAW): quarantine[c].cast("string") for c in raw_columns},
+        reason=quarantine.reason,
     )
     quarantine = quarantine.order_by([quarantine.day.asc(nulls_first=False), *_stable(quarantine, ["day"])])
     bad_by_day, bad_unplaced = publish_days(
-        engine.batches(quarantine), days, lambda d: lake.partition(f"quarantine_{name}", "day", d), unplaced=True
+        engine.batches(quarantine),
+        days,
+        lambda d: lake.partition(f"quarantine_{name}", "day", d),
+        unplaced=True,
     )
     rows_by_day = dict(zip(days, _rows_of_each(files), strict=True))
     _require_fraction(campaign, name, sum(bad_by_day.values()), sum(rows_by_day.values()))
@@ -172,9 +181,7 @@ def validate_stream(
     good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0))
     good = good.select("day", *contract.columns)
     good = good.order_by(["day", *_stable(good, ["day"])])
-    good_by_day, _ = publish_days(
-        engine.batches(good), days, lambda d: lake.partition(f"validated_{name}", "day", d)
-    )
+    good_by_day, _ = publish_days(engine.batches(good), days, lambda d: lake.partition(f"validated_{name}", "day", d))
     report = ValidationReport(
         rows_in=sum(rows_by_day.values()) + pq.read_metadata(unplaced).num_rows,
         good=sum(good_by_day.values()),
@@ -193,9 +200,7 @@ def validate_stream(
     return report
 
 
-def stream_violations(
-    campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine
-) -> int:
+def stream_violations(campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine) -> int:
     """How many rows of `validated_<name>` break the contract: the check reads what was published."""
     stream = campaign.source.streams[name]
     calendar = campaign_calendar(campaign)
@@ -204,7 +209,9 @@ def stream_violations(
     if stream.id and not stream.lines:  # ids are unique within a day: see `validate_stream`
         contract = contract.update_column("event_id", unique=False)
         repeated = table.group_by([coerce.day_number(table.time).name("day"), "event_id"]).aggregate(n=table.count())
-        twice = int(engine.arrow(repeated.aggregate(n=(repeated.n - 1).sum().fill_null(0).cast("int64")))["n"][0].as_py())
+        twice = int(
+            engine.arrow(repeated.aggregate(n=(repeated.n - 1).sum().fill_null(0).cast("int64")))["n"][0].as_py()
+        )
     else:
         twice = 0
     broken = engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))
@@ -220,7 +227,7 @@ def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport
     entities = campaign.source.entities
     table_name = _require_table(campaign)
 
-    def read() -> RawReport:
+    with reading(f"{campaign.file}: source.entities"):
         table = _declared_entities(campaign, home, engine)
         data = engine.arrow(table.order_by(_stable(table, [])))
         if data.num_rows == 0:
@@ -229,9 +236,7 @@ def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport
             )
         publish_table(data, home.lake(campaign.name).file(f"raw_{table_name}"))
         zone = "naive, taken as UTC" if coerce.is_naive(table[entities.created_at or ""].type(), None) else "to UTC"
-        return RawReport(data.num_rows, 0, 0, zone, {})
-
-    report = with_retries(read, f"{campaign.file}: source.entities")
+    report = RawReport(data.num_rows, 0, 0, zone, {})
     logger.info("raw_%s: %s rows", table_name, f"{report.rows:,}")
     return report
 
@@ -330,37 +335,32 @@ def entity_columns(campaign: Campaign) -> list[str]:
     return list(campaign.source.entities.attributes)
 
 
-def _declared_stream(
-    campaign: Campaign, name: str, stream: Stream, home: Home, engine: Engine
-) -> ibis.Table:
+def _declared_stream(campaign: Campaign, name: str, stream: Stream, home: Home, engine: Engine) -> ibis.Table:
     key = stream.key or campaign.key
     optional = [stream.id, stream.amount, stream.type, stream.ingested_at]
-    text = [key, stream.time, *(c for c in (stream.id, stream.type, stream.ingested_at) if c), *stream.categories]
+    text = [
+        key,
+        stream.time,
+        *(c for c in (stream.id, stream.type, stream.ingested_at) if c),
+        *stream.categories,
+    ]
     declared = [key, stream.time, *(c for c in optional if c), *stream.measures, *stream.categories]
     if campaign.source.entities.stream == name:
         declared += list(campaign.source.entities.attributes)
     table = open_table(campaign, stream.table, text, home, engine)
-    return select_declared(
-        campaign, f"source.streams.{name}", table, engine, declared, stream.derive, stream.where
-    )
+    return select_declared(campaign, f"source.streams.{name}", table, engine, declared, stream.derive, stream.where)
 
 
 def _declared_entities(campaign: Campaign, home: Home, engine: Engine) -> ibis.Table:
     entities = campaign.source.entities
     categories = [n for n, a in entities.attributes.items() if a.type == "category"]
     created_at = entities.created_at or ""
-    table = open_table(
-        campaign, _require_table(campaign), [entities.key, created_at, *categories], home, engine
-    )
+    table = open_table(campaign, _require_table(campaign), [entities.key, created_at, *categories], home, engine)
     declared = [entities.key, created_at, *entities.attributes]
-    return select_declared(
-        campaign, "source.entities", table, engine, declared, entities.derive, entities.where
-    )
+    return select_declared(campaign, "source.entities", table, engine, declared, entities.derive, entities.where)
 
 
-def _coerce_stream(
-    campaign: Campaign, name: str, stream: Stream, raw: ibis.Table
-) -> tuple[ibis.Table, dict[str, Any]]:
+def _coerce_stream(campaign: Campaign, name: str, stream: Stream, raw: ibis.Table) -> tuple[ibis.Table, dict[str, Any]]:
     table = raw.rename({f"{_RAW}{c}": c for c in raw.columns})
     where = f"{campaign.file}: source.streams.{name}"
 
@@ -392,9 +392,7 @@ def _coerce_stream(
     return coerced, _lost_values(coerced, columns)
 
 
-def _coerce_entities(
-    campaign: Campaign, raw: ibis.Table, types: dict[str, str]
-) -> tuple[ibis.Table, dict[str, Any]]:
+def _coerce_entities(campaign: Campaign, raw: ibis.Table, types: dict[str, str]) -> tuple[ibis.Table, dict[str, Any]]:
     entities = campaign.source.entities
     table = raw.rename({f"{_RAW}{c}": c for c in raw.columns})
     key, created = table[f"{_RAW}{entities.key}"], table[f"{_RAW}{entities.created_at}"]
@@ -436,8 +434,17 @@ def _attribute_types(campaign: Campaign, raw: ibis.Table, engine: Engine) -> dic
     return types
 
 
-def _mark_duplicates(row: ibis.Table, identity: Sequence[str], raw_columns: Sequence[str]) -> ibis.Table:
+def _identity(stream: Stream, raw_columns: Sequence[str]) -> list[str] | None:
+    """Columns in which equal rows are one event; None where every row is an event of its own."""
+    if stream.id and not stream.lines:
+        return ["day", "event_id"]
+    return None if stream.equal_rows == "keep" else ["day", *raw_columns]
+
+
+def _mark_duplicates(row: ibis.Table, identity: Sequence[str] | None, raw_columns: Sequence[str]) -> ibis.Table:
     """Adds `duplicate`: 0 for the first of the good rows that share an identity, then 1, 2, ..."""
+    if identity is None:
+        return row.mutate(duplicate=ibis.literal(0, "int64"))
     window = ibis.window(
         group_by=[row.reason.isnull(), *(row[c] for c in identity)],
         order_by=[row[c] for c in [*([] if "time" not in row.columns else ["time"]), *raw_columns]],

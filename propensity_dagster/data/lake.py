@@ -6,7 +6,7 @@ the new one, and a killed writer leaves a hidden temporary file that the next wr
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -131,7 +131,7 @@ def _existing(file: Path, what: str) -> Path:
 
 
 @contextmanager
-def publishing(file: Path) -> Iterator[Path]:
+def publishing(file: Path) -> Generator[Path]:
     """Yield a temporary path; on success sync it and rename it to `file`, else remove it.
 
     Raises:
@@ -153,13 +153,16 @@ def publishing(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def publishing_folder(folder: Path) -> Iterator[Path]:
+def publishing_folder(folder: Path) -> Generator[Path]:
     """Yield a temporary folder; on success it takes the place of `folder`, else it is removed."""
     staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in [*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")]:
+        for leftover in [
+            *folder.parent.glob(f".{folder.name}.*.tmp"),
+            *folder.parent.glob(f".{folder.name}.*.old"),
+        ]:
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir()
         yield staging

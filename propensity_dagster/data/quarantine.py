@@ -5,6 +5,10 @@ the data are. Pandera's own `drop_invalid_rows` drops good rows beside bad ones 
 does not coerce; a test holds this translation equal to pandera's verdict.
 """
 
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any

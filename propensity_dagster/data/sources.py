@@ -4,15 +4,18 @@ A connection is a folder of parquet or CSV files (`orders.parquet`, `orders.csv`
 `duckdb://file.duckdb`, or `synthetic://world`.
 """
 
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 import difflib
 import os
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TypeVar
 
 import duckdb
 import ibis
@@ -26,9 +29,6 @@ from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError, DataContractError, SourceError
 from propensity_dagster.synthetic import is_synthetic, open_world
 
-T = TypeVar("T")
-_RETRIES = 4
-_FIRST_PAUSE_SECONDS = 0.5
 _DUCKDB = "duckdb://"
 
 
@@ -55,7 +55,7 @@ def source_folder(campaign: Campaign, home: Home) -> Path | None:
     """The folder of files a campaign reads, or None for a database. Makes a synthetic world on first use.
 
     Raises:
-        SourceError: when the folder is not there.
+        ConfigError: when the folder is not there.
     """
     connection = expand_variables(campaign)
     if is_synthetic(connection):
@@ -73,24 +73,22 @@ def source_folder(campaign: Campaign, home: Home) -> Path | None:
     return _resolve(campaign, connection)
 
 
-def open_table(
-    campaign: Campaign, table: str, as_text: Sequence[str], home: Home, engine: Engine
-) -> ibis.Table:
+def open_table(campaign: Campaign, table: str, as_text: Sequence[str], home: Home, engine: Engine) -> ibis.Table:
     """A declared table of the source, as it is; in CSV files the columns `as_text` are not interpreted.
 
     Raises:
-        SourceError: when it is not there or cannot be read after some retries.
+        ConfigError: when it is not there.
+        SourceError: when it cannot be read.
     """
     folder = source_folder(campaign, home)
-    if folder is not None:
-        return with_retries(lambda: _open_files(campaign, folder, table, as_text, engine), f"{campaign.file}: {table}")
-    path = _resolve(campaign, expand_variables(campaign).removeprefix(_DUCKDB))
-    return with_retries(lambda: _open_duckdb(campaign, path, table, engine), f"{campaign.file}: {table}")
+    with reading(f"{campaign.file}: table {table!r}"):
+        if folder is not None:
+            return _open_files(campaign, folder, table, as_text, engine)
+        path = _resolve(campaign, expand_variables(campaign).removeprefix(_DUCKDB))
+        return _open_duckdb(campaign, path, table, engine)
 
 
-def changed_files(
-    campaign: Campaign, home: Home, seen: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
+def changed_files(campaign: Campaign, home: Home, seen: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Files of the watched folder with their size and time, and those that differ from `seen`.
 
     The watched folder is `schedule.watch`, else the source's own folder; a database has none.
@@ -107,9 +105,7 @@ def changed_files(
     return state, [file for file, mark in state.items() if seen.get(file) != mark]
 
 
-def days_in_files(
-    campaign: Campaign, files: Sequence[str], home: Home, engine: Engine
-) -> tuple[date, date] | None:
+def days_in_files(campaign: Campaign, files: Sequence[str], home: Home, engine: Engine) -> tuple[date, date] | None:
     """First and last event day, within the calendar, that these source files hold; None without events."""
     folder = source_folder(campaign, home)
     calendar = campaign_calendar(campaign)
@@ -161,7 +157,7 @@ def select_declared(
     selected = table.select(*dict.fromkeys(read))
     if not expressions and condition is None:
         return selected
-    name = engine.backend.create_view(ibis.util.gen_name("source"), selected, temp=True).get_name()
+    name = engine.backend.create_view(ibis.util.gen_name("source"), selected).get_name()
     columns = ["*", *(f'({e.sql("duckdb")}) AS "{n}"' for n, e in expressions.items())]
     query = f'SELECT {", ".join(columns)} FROM "{name}"'
     if condition is not None:
@@ -180,29 +176,26 @@ def parse_expression(campaign: Campaign, where: str, sql: str) -> sge.Expr:
     except sqlglot.errors.ParseError as error:
         reason = error.errors[0]["description"] if error.errors else str(error)
         raise ConfigError(f"{campaign.file}: {where}: not an SQL expression: {sql!r} ({reason})") from None
-    forbidden = (sge.Query, sge.DDL, sge.DML, sge.Command, sge.AggFunc, sge.Window)
+    forbidden = (sge.Query, sge.DDL, sge.Insert, sge.Update, sge.Delete, sge.Command, sge.AggFunc, sge.Window)
     if isinstance(expression, forbidden) or expression.find(*forbidden):
         raise ConfigError(f"{campaign.file}: {where}: must be one expression on one row's columns, got {sql!r}")
     return expression
 
 
-def with_retries(read: Callable[[], T], what: str) -> T:
-    """Call `read`; on a passing input or output error wait and try again, four times with doubled pauses.
+@contextmanager
+def reading(what: str) -> Generator[None]:
+    """Turn a failing read into a SourceError, which Dagster tries again.
 
     Raises:
-        SourceError: with the last error, when none succeeded.
+        SourceError: for an input or output error inside the block.
+        DataContractError: for a value that an expression of the campaign file cannot compute.
     """
-    pause = _FIRST_PAUSE_SECONDS
-    for attempt in range(_RETRIES):
-        try:
-            return read()
-        except (OSError, duckdb.IOException) as error:
-            if attempt == _RETRIES - 1:
-                reason = str(error).splitlines()[0]
-                raise SourceError(f"{what}: cannot be read after {_RETRIES} attempts: {reason}") from None
-            time.sleep(pause)
-            pause *= 2
-    raise AssertionError("unreachable: the loop returns or raises")
+    try:
+        yield
+    except (OSError, duckdb.IOException, duckdb.ConnectionException) as error:
+        raise SourceError(f"{what}: cannot be read: {str(error).splitlines()[0]}") from error
+    except (duckdb.BinderException, duckdb.ConversionException, duckdb.InvalidInputException) as error:
+        raise DataContractError(f"{what}: {' '.join(str(error).split())[:400]}") from error
 
 
 def expand_variables(campaign: Campaign) -> str:
@@ -213,12 +206,11 @@ def expand_variables(campaign: Campaign) -> str:
     """
 
     def value(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
-        found = os.environ.get(name, default)
+        name: str = match.group(1)
+        default: str | None = match.group(2)
+        found = os.environ.get(name) or default
         if found is None:
-            raise ConfigError(
-                f"{campaign.file}: source.connection: the environment variable {name} is not set"
-            )
+            raise ConfigError(f"{campaign.file}: source.connection: the environment variable {name} is not set")
         return found
 
     return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, campaign.source.connection)
@@ -236,24 +228,19 @@ def _resolve(campaign: Campaign, connection: str) -> Path:
     for path in tried:
         if path.exists():
             return path
-    raise SourceError(
+    raise ConfigError(
         f"{campaign.file}: source.connection: {connection!r} is not there; tried {tried[0]} and {tried[1]}"
     )
 
 
-def _open_files(
-    campaign: Campaign, folder: Path, table: str, as_text: Sequence[str], engine: Engine
-) -> ibis.Table:
+def _open_files(campaign: Campaign, folder: Path, table: str, as_text: Sequence[str], engine: Engine) -> ibis.Table:
     for suffix, read in ((".parquet", _read_parquet), (".csv", _read_csv)):
         single = folder / f"{table}{suffix}"
         files = [single] if single.is_file() else sorted((folder / table).glob(f"**/*{suffix}"))
         if files:
-            try:
-                return read([str(file) for file in files], as_text, engine)
-            except duckdb.InvalidInputException as error:
-                raise SourceError(f"{campaign.file}: table {table!r}: not readable {suffix[1:]}: {error}") from None
+            return read([str(file) for file in files], as_text, engine)
     names = sorted({path.stem for path in folder.iterdir() if not path.name.startswith(".")})
-    raise SourceError(
+    raise ConfigError(
         f"{campaign.file}: table {table!r} is not in {folder}; there are {', '.join(names) or 'no files'}"
     )
 
@@ -275,12 +262,12 @@ def _read_csv(paths: list[str], as_text: Sequence[str], engine: Engine) -> ibis.
 
 def _open_duckdb(campaign: Campaign, path: Path, table: str, engine: Engine) -> ibis.Table:
     attached = "source_database"
-    engine.backend.raw_sql(f"ATTACH IF NOT EXISTS '{str(path).replace(chr(39), chr(39) * 2)}' AS {attached} (READ_ONLY)")
+    engine.backend.raw_sql(
+        f"ATTACH IF NOT EXISTS '{str(path).replace(chr(39), chr(39) * 2)}' AS {attached} (READ_ONLY)"
+    )
     names = engine.backend.list_tables(database=(attached, "main"))
     if table not in names:
-        raise SourceError(
-            f"{campaign.file}: table {table!r} is not in {path}; there are {', '.join(names) or 'none'}"
-        )
+        raise ConfigError(f"{campaign.file}: table {table!r} is not in {path}; there are {', '.join(names) or 'none'}")
     return engine.backend.table(table, database=(attached, "main"))
 
 

@@ -181,7 +181,13 @@ def _tables(models: Mapping[str, Judged], record: Mapping[str, Any]) -> dict[str
         ]
         n, forecast, rate = (values[0] for values in weighted.bins)
         calibration_rows += [
-            {"model": name, "bin": i, "rows": int(n[i]), "mean_probability": float(forecast[i]), "rate": float(rate[i])}
+            {
+                "model": name,
+                "bin": i,
+                "rows": int(n[i]),
+                "mean_probability": float(forecast[i]),
+                "rate": float(rate[i]),
+            }
             for i in range(len(n))
             if n[i]
         ]

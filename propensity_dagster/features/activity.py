@@ -6,6 +6,10 @@ Columns: the key, `day` (the event's), `known_day` (the day it became known, equ
 counting distinct values needs the values.
 """
 
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 import logging
 from dataclasses import dataclass
 from datetime import date
@@ -44,9 +48,7 @@ def build_activity(campaign: Campaign, first: date, last: date, home: Home, engi
     """Aggregate the validated events of these days into `activity` and `activity_categories`."""
     lake = home.lake(campaign.name)
     days = days_between(first, last)
-    events = {
-        name: engine.read(lake.existing_days(f"validated_{name}", days)) for name in campaign.source.streams
-    }
+    events = {name: engine.read(lake.existing_days(f"validated_{name}", days)) for name in campaign.source.streams}
     activity = engine.cache(daily_activity(campaign, events, engine))
     keys = [campaign.key, "day", "known_day"]
     rows, _ = publish_days(
@@ -63,9 +65,7 @@ def build_activity(campaign: Campaign, first: date, last: date, home: Home, engi
             lambda d: lake.partition(CATEGORIES, "day", d),
             keep_day=True,
         )
-    totals = reduce(
-        lambda a, b: a + b, (activity[_count(name)].sum().fill_null(0) for name in campaign.source.streams)
-    )
+    totals = reduce(lambda a, b: a + b, (activity[_count(name)].sum().fill_null(0) for name in campaign.source.streams))
     counted = int(engine.arrow(activity.aggregate(n=totals.cast("int64")))["n"][0].as_py())
     read = sum(
         int(engine.arrow(_one_row_an_event(campaign, n, t).aggregate(n=ibis._.count()))["n"][0].as_py())
@@ -191,7 +191,6 @@ def _flag_outcomes(campaign: Campaign, name: str, table: ibis.Table, engine: Eng
     view = engine.backend.create_view(
         ibis.util.gen_name("outcome"),
         table.select(*table.columns, **{f"shown__{n}": v for n, v in named.items()}),
-        temp=True,
     )
     for column in list(expression.find_all(sge.Column)):
         column.set("this", sge.to_identifier(f"shown__{column.name}", quoted=True))

@@ -4,6 +4,10 @@ An expression reads the joined aggregates of `build.py`, whose columns are calle
 `<activity column>_<window>` with window `7d`, `30d`, ... or `all`.
 """
 
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -100,6 +104,13 @@ def _stream_features(campaign: Campaign, name: str, stream: Stream) -> list[Feat
         for window in windows:
             add(f"count_{window}", f"number of {name}", window, _zero(f"{name}__count_{window}"))
         add(f"active_days_{longest}", f"days with {name}", longest, _zero(f"{name}__days_{longest}"))
+        add(f"rate_{ALL}", f"{name} per 30 days since the first", ALL, _rate(name))
+        add(
+            "recency_share",
+            f"days since the last of {name} over days since the first",
+            ALL,
+            _recency_share(name),
+        )
         _add_rhythm(add, name, longest)
         for short, long in pairwise(campaign.features.windows_days):
             add(
@@ -129,7 +140,12 @@ def _add_types(add: Callable[..., None], name: str, stream: Stream, windows: lis
         add(f"{kind}_recency_days", f"days since the last {kind} of {name}", ALL, last)
     for window in windows:
         for kind in stream.types:
-            add(f"{kind}_count_{window}", f"number of {kind} of {name}", window, _zero(f"{name}__type_{kind}_{window}"))
+            add(
+                f"{kind}_count_{window}",
+                f"number of {kind} of {name}",
+                window,
+                _zero(f"{name}__type_{kind}_{window}"),
+            )
         for kind in others:
             parts = f"{name}__type_{kind}_{window}", f"{name}__type_{base}_{window}"
             add(f"{kind}_rate_{window}", f"{kind} per {base} of {name}", window, _ratio(*parts))
@@ -163,6 +179,26 @@ def _add_rhythm(add: Callable[..., None], name: str, longest: str) -> None:
     add("gap_mean_days", f"mean days between days with {name}", longest, mean)
     add("gap_std_days", f"standard deviation of the days between days with {name}", longest, deviation)
     add("overdue_ratio", f"days since the last of {name} over their mean gap", longest, overdue)
+
+
+def _rate(name: str) -> Callable[[ir.Table], Any]:
+    """Comparable between the young and the old, unlike a lifetime count."""
+
+    def expression(x: ir.Table) -> Any:
+        days = (x.as_of - x[f"{name}__first_{ALL}"]).cast("float64")
+        return x[f"{name}__count_{ALL}"].cast("float64") * 30.0 / days.nullif(0.0)
+
+    return expression
+
+
+def _recency_share(name: str) -> Callable[[ir.Table], Any]:
+    """Recency over age: with the count, what models of buying and dropping out need (Fader et al. 2005)."""
+
+    def expression(x: ir.Table) -> Any:
+        since_last = (x.as_of - x[f"{name}__last_{ALL}"]).cast("float64")
+        return since_last / (x.as_of - x[f"{name}__first_{ALL}"]).cast("float64").nullif(0.0)
+
+    return expression
 
 
 def _column(name: str) -> Callable[[ir.Table], Any]:

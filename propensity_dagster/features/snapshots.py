@@ -66,9 +66,7 @@ class TrainingSetReport:
     newest_mature: date
 
 
-def publish_features(
-    campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine
-) -> FeaturesReport:
+def publish_features(campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine) -> FeaturesReport:
     """Compute and publish `features` of these snapshots, reading the activity once."""
     ordered = sorted(snapshots)
     inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False)
@@ -146,9 +144,7 @@ def _publish_features(
         file = lake.partition("features", "snapshot", snapshot)
         engine.publish_query(query, file)
         rows[snapshot] = pq.read_metadata(file).num_rows
-        logger.info(
-            "features %s: %s entities (%d of %d)", snapshot, f"{rows[snapshot]:,}", position, len(snapshots)
-        )
+        logger.info("features %s: %s entities (%d of %d)", snapshot, f"{rows[snapshot]:,}", position, len(snapshots))
     publish_text(features_markdown(campaign, inputs.features), home.reports(campaign.name) / "features.md")
     return FeaturesReport(rows, len(inputs.features))
 

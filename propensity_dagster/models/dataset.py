@@ -1,21 +1,22 @@
 """Model matrices. Belongs here: the feature contract, and turning Arrow rows into numbers."""
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import compute
 
 from propensity_dagster.errors import DataContractError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+pc: Any = compute  # its functions are made at import, which no type checker sees
 
 NUMBER, CATEGORY = "number", "category"
 MAX_CATEGORIES = 200
@@ -123,6 +124,5 @@ def make_dataset(table: pa.Table, contract: FeatureContract, key: str) -> Datase
 def entity_folds(keys: pa.ChunkedArray, folds: int = 5) -> Ints:
     """A fold per row by a stable hash of the entity: all rows of one entity share a fold."""
     encoded = keys.combine_chunks().dictionary_encode()
-    values = np.asarray(encoded.dictionary.to_pylist(), dtype=object)
-    hashed = pd.util.hash_array(values, categorize=False) % np.uint64(folds)
-    return hashed.astype(np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
+    hashed = np.array([zlib.crc32(key.encode()) % folds for key in encoded.dictionary.to_pylist()], dtype=np.int64)
+    return hashed[encoded.indices.to_numpy(zero_copy_only=False)]

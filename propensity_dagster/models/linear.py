@@ -66,7 +66,7 @@ class LogisticRegressionEstimator:
         scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
         model = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter, tol=1e-4)
         model.fit(_design(train.X, scaling, one_hot), train.y)
-        scorer = LinearScorer(scaling, one_hot, model.coef_[0], float(model.intercept_[0]))
+        scorer = LinearScorer(scaling, one_hot, np.ravel(model.coef_), float(np.ravel(model.intercept_)[0]))
         return Fit(scorer, scorer.log_odds(validate.X))
 
 

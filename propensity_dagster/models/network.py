@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -58,7 +59,7 @@ class NetworkScorer:
         arrays = {f"embedding_{i}": table for i, table in enumerate(self.embeddings)}
         for i, (weights, bias) in enumerate(self.layers):
             arrays |= {f"weights_{i}": weights, f"bias_{i}": bias}
-        np.savez(folder / _FILE, **arrays)
+        np.savez(folder / _FILE, allow_pickle=False, **arrays)
         return {
             "scaling": self.scaling.to_json(),
             "one_hot": self.one_hot.to_json(),
@@ -72,9 +73,7 @@ class NetworkScorer:
         with np.load(folder / _FILE, allow_pickle=False) as arrays:
             embeddings = tuple(arrays[f"embedding_{i}"] for i in range(state["embeddings"]))
             layers = tuple((arrays[f"weights_{i}"], arrays[f"bias_{i}"]) for i in range(state["layers"]))
-        return cls(
-            Scaling.from_json(state["scaling"]), OneHot.from_json(state["one_hot"]), embeddings, layers
-        )
+        return cls(Scaling.from_json(state["scaling"]), OneHot.from_json(state["one_hot"]), embeddings, layers)
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,7 @@ class NeuralNetworkEstimator:
         # The output starts at the base rate: the first epochs need not learn it.
         with torch.no_grad():
             network["layers"][-1].bias.fill_(float(np.log(train.y.mean() / (1 - train.y.mean()))))
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         steps = -(-len(labels) // self.batch_rows)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=self.learning_rate, total_steps=steps * self.max_epochs
@@ -146,9 +143,7 @@ class NeuralNetworkEstimator:
                 "embeddings": torch.nn.ModuleList(
                     torch.nn.Embedding(size + 1, self.embedding_width) for size in one_hot.sizes
                 ),
-                "layers": torch.nn.ModuleList(
-                    torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)
-                ),
+                "layers": torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in pairwise(sizes)),
             }
         )
 

@@ -64,9 +64,7 @@ class Scaling:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Scaling":
         """Inverse of `to_json`."""
-        return cls(
-            tuple(data["columns"]), np.array(data["mean"]), np.array(data["scale"]), tuple(data["indicators"])
-        )
+        return cls(tuple(data["columns"]), np.array(data["mean"]), np.array(data["scale"]), tuple(data["indicators"]))
 
 
 @dataclass(frozen=True)

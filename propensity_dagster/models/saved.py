@@ -72,9 +72,7 @@ def load_model(folder: Path) -> FittedModel:
     if content["format"] != FORMAT:
         raise SavedModelError(f"{folder}: format {content['format']} is unknown; this version reads {FORMAT}")
     if content["kind"] not in _SCORERS:
-        raise SavedModelError(
-            f"{folder}: unknown kind of model {content['kind']!r}; allowed are {', '.join(_SCORERS)}"
-        )
+        raise SavedModelError(f"{folder}: unknown kind of model {content['kind']!r}; allowed are {', '.join(_SCORERS)}")
     calibrator = content["calibrator"]
     model = FittedModel(
         content["name"],

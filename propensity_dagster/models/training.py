@@ -57,7 +57,10 @@ def train_candidate(
     fit = estimator.fit(train, validate)
     calibrator, _, losses = choose_calibrator(fit.validation_log_odds, validate.y, validate.fold)
     logger.info(
-        "%s: calibration %s, cross-validated log loss %.5f", candidate.name, calibrator.method, losses[calibrator.method]
+        "%s: calibration %s, cross-validated log loss %.5f",
+        candidate.name,
+        calibrator.method,
+        losses[calibrator.method],
     )
     return FittedModel(
         candidate.name,

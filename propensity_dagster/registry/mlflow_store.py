@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -111,9 +111,9 @@ class MlflowStore:
     def folder(self, campaign: str, version: str) -> Path:
         """Where the saved model of a version lies."""
         self._require_version(campaign, version)
-        import mlflow
+        from mlflow.artifacts import download_artifacts
 
-        path = Path(mlflow.artifacts.download_artifacts(f"models:/{campaign}/{version}"))
+        path = Path(download_artifacts(f"models:/{campaign}/{version}"))
         (folder,) = [p for p in (path / "artifacts").iterdir() if (p / "manifest.json").exists()]
         return folder
 
@@ -137,9 +137,7 @@ class MlflowStore:
             raise ConfigError(f"{campaign}: there is no champion to roll back")
         target = to or self._before(campaign, champion.version)
         if target is None:
-            raise ConfigError(
-                f"{campaign}: version {champion.version} is the first champion; there is none before it"
-            )
+            raise ConfigError(f"{campaign}: version {champion.version} is the first champion; there is none before it")
         self._require_version(campaign, target)
         if target == champion.version:
             raise ConfigError(f"{campaign}: version {target} is the champion already")
@@ -149,9 +147,7 @@ class MlflowStore:
         """Every promotion, refusal and rollback, oldest first."""
         model = self._registered_model(campaign)
         tags = model.tags if model else {}
-        return [
-            Event(**json.loads(value)) for name, value in sorted(tags.items()) if name.startswith(_EVENT_TAG)
-        ]
+        return [Event(**json.loads(value)) for name, value in sorted(tags.items()) if name.startswith(_EVENT_TAG)]
 
     def _before(self, campaign: str, version: str) -> str | None:
         """The champion that `version` replaced when it was last promoted: repeated rollbacks walk back."""
@@ -206,9 +202,9 @@ def git_revision() -> str:
 def _signature(folder: Path) -> Any:
     """The contract in MLflow's words."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
-    inputs = [
+    inputs: list[ColSpec | TensorSpec] = [
         ColSpec("string" if f.kind == CATEGORY else "double", f.name, required=False)
         for f in load_model(folder).contract.features
     ]
@@ -225,7 +221,7 @@ def _flat_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Generator[None]:
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         try:

