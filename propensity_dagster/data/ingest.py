@@ -9,6 +9,7 @@ every ingestion, so that none is lost and none is counted twice.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from propensity_dagster.contracts import entity_contract, stream_contract
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.lake import UNPLACED, Home, publish_table
+from propensity_dagster.data.lake import UNPLACED, Home, Lake, publish_table, publish_text
 from propensity_dagster.data.quarantine import REASON, count_violations, reason_for
 from propensity_dagster.data.sources import campaign_calendar, open_table, reading, select_declared
 from propensity_dagster.errors import DataContractError, InsufficientDataError
@@ -105,6 +106,10 @@ def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: 
         wanted = placed.day.isnull() | ((placed.day >= day_index(first)) & (placed.day <= day_index(last)))
         ordered = placed.filter(wanted).order_by([placed.day.asc(nulls_first=False), *_stable(placed, ["day"])])
         before = _stored_rows([lake.partition(f"raw_{name}", "day", d) for d in days_between(first, last)])
+        if not _note_source_rows(lake, name, engine, table):
+            raise InsufficientDataError(
+                f"{campaign.file}: {where}: table {stream.table!r} has no rows that pass its filter"
+            )
         rows, unplaced = publish_days(
             engine.batches(ordered),
             days_between(first, last),
@@ -113,10 +118,6 @@ def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: 
         )
         total = sum(rows.values())
         late = max(total - before, 0) if before else 0
-        if total + unplaced == 0 and not _has_rows(engine, table):
-            raise InsufficientDataError(
-                f"{campaign.file}: {where}: table {stream.table!r} has no rows that pass its filter"
-            )
     report = RawReport(total, unplaced, late, zone, rows)
     logger.info(
         "raw_%s: %s rows of %s to %s, %s without a usable day",
@@ -175,8 +176,7 @@ def validate_stream(
     )
     rows_by_day = dict(zip(days, _rows_of_each(files), strict=True))
     _require_fraction(campaign, name, sum(bad_by_day.values()), sum(rows_by_day.values()))
-    stored = [lake.partition(f"raw_{name}", "day", day) for day in lake.partitions(f"raw_{name}", "day")]
-    _require_fraction(campaign, name, bad_unplaced, _stored_rows(stored) + bad_unplaced)
+    _require_fraction(campaign, name, bad_unplaced, _source_rows(lake, name))
 
     good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0))
     good = good.select("day", *contract.columns)
@@ -434,6 +434,17 @@ def _attribute_types(campaign: Campaign, raw: ibis.Table, engine: Engine) -> dic
     return types
 
 
+def _note_source_rows(lake: Lake, name: str, engine: Engine, table: ibis.Table) -> int:
+    """Rows without a day belong to no run in particular: their share is judged against the whole log."""
+    rows = engine.arrow(table.aggregate(rows=table.count())).to_pylist()[0]
+    publish_text(json.dumps(rows), lake.root / f"raw_{name}" / "source.json")
+    return rows["rows"]
+
+
+def _source_rows(lake: Lake, name: str) -> int:
+    return json.loads((lake.root / f"raw_{name}" / "source.json").read_text(encoding="utf-8"))["rows"]
+
+
 def _identity(stream: Stream, raw_columns: Sequence[str]) -> list[str] | None:
     """Columns in which equal rows are one event; None where every row is an event of its own."""
     if stream.id and not stream.lines:
@@ -545,10 +556,6 @@ def _rows_of_each(files: Sequence[Path]) -> list[int]:
 
 def _stored_rows(files: Sequence[Path]) -> int:
     return sum(_rows_of_each([file for file in files if file.exists()]))
-
-
-def _has_rows(engine: Engine, table: ibis.Table) -> bool:
-    return engine.arrow(table.limit(1)).num_rows > 0
 
 
 def _require_table(campaign: Campaign) -> str:

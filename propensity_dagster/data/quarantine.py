@@ -71,4 +71,4 @@ def _type_name(column: Any) -> str:
     kind = str(column.dtype)
     if kind.startswith("datetime"):
         return "time"
-    return "text" if kind == "str" else "finite number"
+    return "text" if kind.startswith("str") else "finite number"

@@ -172,12 +172,14 @@ def parse_expression(campaign: Campaign, where: str, sql: str) -> sge.Expr:
         ConfigError: for anything else: a statement, a sub-query, text that does not parse.
     """
     try:
-        expression = sqlglot.parse_one(sql, dialect="duckdb")
+        # In brackets only an expression parses: no statement, nothing after a semicolon.
+        parsed = sqlglot.parse_one(f"SELECT ({sql}\n)", dialect="duckdb")
     except sqlglot.errors.ParseError as error:
         reason = error.errors[0]["description"] if error.errors else str(error)
         raise ConfigError(f"{campaign.file}: {where}: not an SQL expression: {sql!r} ({reason})") from None
-    forbidden = (sge.Query, sge.DDL, sge.Insert, sge.Update, sge.Delete, sge.Command, sge.AggFunc, sge.Window)
-    if isinstance(expression, forbidden) or expression.find(*forbidden):
+    (outer,) = parsed.expressions
+    expression = outer.this if isinstance(outer, sge.Paren) else outer
+    if expression.find(sge.Query, sge.Command, sge.AggFunc, sge.Window, sge.Tuple):
         raise ConfigError(f"{campaign.file}: {where}: must be one expression on one row's columns, got {sql!r}")
     return expression
 

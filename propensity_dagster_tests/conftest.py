@@ -1,0 +1,159 @@
+"""Fixtures: small campaigns on real files, and one campaign run through Dagster for everybody."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from propensity_dagster.campaign import Campaign, load_campaign
+from propensity_dagster.data.lake import Home
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def shop_file(folder: Path, **changes) -> Path:
+    """A campaign on the tables of `folder`, with some keys replaced."""
+    content = {
+        "name": "shop",
+        "source": {
+            "kind": "events",
+            "connection": str(folder),
+            "first_day": "2024-01-01",
+            "last_day": "2024-12-31",
+            "entities": {
+                "table": "customers",
+                "key": "customer_id",
+                "created_at": "signup_at",
+                "attributes": {"age": "number", "country": "category"},
+            },
+            "streams": {
+                "orders": {
+                    "table": "orders",
+                    "time": "ordered_at",
+                    "id": "order_id",
+                    "amount": "amount",
+                    "categories": ["category"],
+                }
+            },
+        },
+        "outcome": {"stream": "orders", "horizon_days": 30},
+        "max_bad_fraction": 0.9,
+        **changes,
+    }
+    file = folder / "campaign.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@dataclass
+class Shop:
+    """A campaign, its source folder and its home."""
+
+    campaign: Campaign
+    folder: Path
+    home: Home
+
+
+@pytest.fixture
+def make_shop(tmp_path: Path) -> Callable[..., Shop]:
+    """Writes customers and orders (lists of rows) and loads a campaign on them."""
+
+    def make(customers=None, orders=None, **changes) -> Shop:
+        folder = tmp_path / "source"
+        folder.mkdir(exist_ok=True)
+        write_rows(folder / "customers.parquet", CUSTOMERS if customers is None else customers)
+        write_rows(folder / "orders.parquet", ORDERS if orders is None else orders)
+        return Shop(load_campaign(shop_file(folder, **changes)), folder, Home(tmp_path / "home"))
+
+    return make
+
+
+def write_rows(file: Path, rows: "list[dict] | pa.Table") -> None:
+    pq.write_table(pa.Table.from_pylist(rows) if isinstance(rows, list) else rows, file)
+
+
+CUSTOMERS = [
+    {"customer_id": 1, "signup_at": "2024-01-05T10:00:00", "age": 30, "country": "DE"},
+    {"customer_id": 2, "signup_at": "2024-02-05T10:00:00", "age": 40, "country": "FR"},
+]
+ORDERS = [
+    {"order_id": 1, "customer_id": 1, "ordered_at": "2024-03-01T12:00:00", "amount": 10.0, "category": "toys"},
+    {"order_id": 2, "customer_id": 2, "ordered_at": "2024-03-02T12:00:00", "amount": 20.5, "category": "home"},
+]
+
+SMALL = """
+name: small
+description: Will this customer order within the next 14 days?
+source:
+  kind: events
+  connection: synthetic://ecommerce?customers=2500&days=240&seed=3
+  entities:
+    table: customers
+    key: customer_id
+    created_at: signup_at
+    attributes: {age: number, country: category, channel: category}
+  streams:
+    orders: {table: orders, time: ordered_at, id: order_id, amount: amount, categories: [category]}
+    visits: {table: web_visits, time: visited_at, measures: [pages]}
+    emails: {table: emails, time: sent_at, type: event, types: [sent, open, click]}
+outcome: {stream: orders, horizon_days: 14}
+eligibility: {active_within_days: 90, streams: [orders, visits]}
+snapshots: {every: 7d, train: 8, validate: 3, test: 3}
+features: {windows_days: [7, 30, 90], names: {total_purchases: orders_count_all}}
+models:
+  - baseline
+  - logistic_regression
+  - lightgbm: {max_rounds: 60}
+  - neural_network: {max_epochs: 2}
+  - ensemble
+value: {margin_per_conversion: 22.5, cost_per_contact: 0.4}
+segments: [country]
+max_bad_fraction: 0.2
+"""
+
+
+@dataclass
+class Materialized:
+    """A campaign that was run end to end through Dagster, its home and the instance that recorded it."""
+
+    campaign: Campaign
+    home: Home
+    file: Path
+
+
+@pytest.fixture(scope="session")
+def materialized(tmp_path_factory: pytest.TempPathFactory) -> Materialized:
+    """The small campaign, run through Dagster as `propensity demo` does. Read it, do not change it."""
+    import dagster as dg
+
+    from propensity_dagster.components.campaign_folder import campaign_definitions
+    from propensity_dagster.components.launch import run_campaign
+    from propensity_dagster.runtime import Runtime
+
+    root = tmp_path_factory.mktemp("materialized")
+    file = root / "campaigns" / "small.yaml"
+    file.parent.mkdir()
+    file.write_text(SMALL)
+    campaign, home = load_campaign(file), Home(root / "home")
+    runtime = Runtime(home.ensure())
+    defs = dg.Definitions.merge(campaign_definitions(campaign), dg.Definitions(resources={"runtime": runtime}))
+    dagster_home = root / "dagster"
+    dagster_home.mkdir()
+    with dg.instance_for_test(temp_dir=str(dagster_home)) as instance:
+        run_campaign(campaign, runtime, defs, instance)
+    return Materialized(campaign, home, file)
+
+
+@pytest.fixture(scope="session")
+def newest_snapshot(materialized: Materialized) -> date:
+    """The snapshot that was scored."""
+    return materialized.home.lake("small").partitions("scores", "snapshot")[-1]
