@@ -154,3 +154,7 @@ def _store():
     from propensity_dagster.registry.mlflow_store import MlflowStore
 
     return MlflowStore(Home.from_environment())
+
+
+if __name__ == "__main__":
+    main()

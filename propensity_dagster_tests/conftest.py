@@ -117,7 +117,7 @@ models:
   - ensemble
 value: {margin_per_conversion: 22.5, cost_per_contact: 0.4}
 segments: [country]
-max_bad_fraction: 0.2
+max_bad_fraction: 0.9
 """
 
 
@@ -146,9 +146,7 @@ def materialized(tmp_path_factory: pytest.TempPathFactory) -> Materialized:
     campaign, home = load_campaign(file), Home(root / "home")
     runtime = Runtime(home.ensure())
     defs = dg.Definitions.merge(campaign_definitions(campaign), dg.Definitions(resources={"runtime": runtime}))
-    dagster_home = root / "dagster"
-    dagster_home.mkdir()
-    with dg.instance_for_test(temp_dir=str(dagster_home)) as instance:
+    with dg.DagsterInstance.ephemeral() as instance:
         run_campaign(campaign, runtime, defs, instance)
     return Materialized(campaign, home, file)
 

@@ -24,9 +24,10 @@ from propensity_dagster.components.automation import (
     train_job_name,
 )
 from propensity_dagster.components.campaign_folder import campaigns_folder
-from propensity_dagster.data.ingest import days_to_ingest, newest_event_day
+from propensity_dagster.data.ingest import days_to_ingest
 from propensity_dagster.data.sources import campaign_calendar, source_folder
 from propensity_dagster.errors import ConfigError, PropensityError
+from propensity_dagster.features.activity import ACTIVITY
 from propensity_dagster.runtime import Runtime
 
 logger = logging.getLogger("propensity_dagster.launch")
@@ -51,7 +52,7 @@ def run_campaign(campaign: Campaign, runtime: Runtime, defs: dg.Definitions, ins
     if runtime.store.champion(campaign.name) is None:
         logger.warning("no champion: the gate refused the first challenger, so there is nothing to score with")
         return
-    snapshot = newest_event_day(campaign, runtime.home) + timedelta(days=1)
+    snapshot = runtime.home.lake(campaign.name).partitions(ACTIVITY, "day")[-1] + timedelta(days=1)
     _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot))
 
 

@@ -53,7 +53,10 @@ class RawReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Where the rows went: rows_in = good + quarantined + duplicates."""
+    """Where the rows went: rows_in = good + quarantined + duplicates.
+
+    `unplaced` of the rows are bad because their day cannot be known; they belong to no day of the run.
+    """
 
     rows_in: int
     good: int
@@ -61,6 +64,7 @@ class ValidationReport:
     duplicates: int
     reasons: dict[str, int]
     good_by_day: dict[date, int]
+    unplaced: int = 0
 
     @property
     def adds_up(self) -> bool:
@@ -69,8 +73,9 @@ class ValidationReport:
 
     @property
     def bad_fraction(self) -> float:
-        """Share of quarantined rows."""
-        return self.quarantined / self.rows_in if self.rows_in else 0.0
+        """Share of quarantined rows among those with a day."""
+        placed = self.rows_in - self.unplaced
+        return (self.quarantined - self.unplaced) / placed if placed else 0.0
 
 
 def days_between(first: date, last: date) -> list[date]:
@@ -189,6 +194,7 @@ def validate_stream(
         duplicates=_duplicates(engine, checked),
         reasons=_reasons(engine, checked),
         good_by_day=good_by_day,
+        unplaced=bad_unplaced,
     )
     logger.info(
         "validated_%s: %s good, %s quarantined, %s duplicates",

@@ -43,7 +43,6 @@ def write_model(model: FittedModel, folder: Path, examples: Floats | None = None
     folder.mkdir(parents=True, exist_ok=True)
     golden = (examples if examples is not None else _synthetic_rows(model.contract))[:GOLDEN_ROWS]
     content = {
-        "format": FORMAT,
         "name": model.name,
         "kind": model.scorer.kind,
         "contract": model.contract.to_json(),
@@ -69,8 +68,6 @@ def load_model(folder: Path) -> FittedModel:
         SavedModelError: when a file is missing, cut short, changed, or of an unknown format or kind.
     """
     content = _verified_content(folder)
-    if content["format"] != FORMAT:
-        raise SavedModelError(f"{folder}: format {content['format']} is unknown; this version reads {FORMAT}")
     if content["kind"] not in _SCORERS:
         raise SavedModelError(f"{folder}: unknown kind of model {content['kind']!r}; allowed are {', '.join(_SCORERS)}")
     calibrator = content["calibrator"]
@@ -108,6 +105,8 @@ def _golden_difference(model: FittedModel, content: dict[str, Any]) -> float:
 def _verified_content(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise SavedModelError(f"{folder}: format {manifest['format']} is unknown; this version reads {FORMAT}")
         for name, expected in manifest["sha256"].items():
             if _checksum(folder / name) != expected:
                 raise SavedModelError(f"{folder / name}: checksum differs: the file was cut short or changed")

@@ -17,8 +17,7 @@ from typing import Any
 
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError
-from propensity_dagster.models.dataset import CATEGORY
-from propensity_dagster.models.saved import load_model, model_identity
+from propensity_dagster.models.saved import model_identity
 from propensity_dagster.registry.store import Event, Version
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -80,7 +79,7 @@ class MlflowStore:
                     python_model=str(Path(__file__).parent / "pyfunc_model.py"),
                     artifacts={_ARTIFACT: str(folder)},
                     pip_requirements=list(_REQUIREMENTS),
-                    signature=_signature(folder),
+                    signature=_signature(),
                     registered_model_name=campaign,
                 )
         version = str(info.registered_model_version)
@@ -199,16 +198,12 @@ def git_revision() -> str:
         return "unknown"
 
 
-def _signature(folder: Path) -> Any:
-    """The contract in MLflow's words."""
+def _signature() -> Any:
+    """Outputs only: MLflow would refuse whole numbers where it was told numbers; our contract checks inputs."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, Schema
 
-    inputs: list[ColSpec | TensorSpec] = [
-        ColSpec("string" if f.kind == CATEGORY else "double", f.name, required=False)
-        for f in load_model(folder).contract.features
-    ]
-    return ModelSignature(Schema(inputs), Schema([ColSpec("double")]))
+    return ModelSignature(outputs=Schema([ColSpec("double")]))
 
 
 def _flat_metrics(record: Mapping[str, Any]) -> dict[str, float]:

@@ -145,8 +145,9 @@ def true_log_odds(campaign: Campaign, home: Home, keys: Any, snapshots: Any) -> 
         rows = snapshots == snapshot
         day: date = snapshot.item()
         known, probability = world.true_probability(day, outcome.horizon_days)
-        position = {key: i for i, key in enumerate(known.tolist())}
-        out[rows] = probability[[position[key] for key in keys[rows]]]
+        true = dict(zip(known.tolist(), probability.tolist(), strict=True))
+        # Somebody the world does not know, a faulty row of the customer table, does nothing.
+        out[rows] = [true.get(key, 0.0) for key in keys[rows]]
     return clipped_logit(out)
 
 

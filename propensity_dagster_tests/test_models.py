@@ -1,0 +1,257 @@
+"""Estimators, calibration, the saved-model format."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from propensity_dagster.campaign import Candidate, load_campaign
+from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError
+from propensity_dagster.models.calibration import METHODS, choose_calibrator, cross_fit, fit_calibrator, log_loss
+from propensity_dagster.models.dataset import FeatureContract, entity_folds, make_dataset
+from propensity_dagster.models.preprocess import Scaling
+from propensity_dagster.models.saved import golden_difference, load_model, model_identity, write_model
+from propensity_dagster.models.training import train_candidate
+
+from .conftest import SMALL
+
+NAMES = ("baseline", "logistic_regression", "lightgbm", "neural_network", "ensemble")
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    file = tmp_path_factory.mktemp("campaign") / "small.yaml"
+    file.write_text(SMALL)
+    return load_campaign(file)
+
+
+def table_of(n: int, seed: int) -> pa.Table:
+    rng = np.random.default_rng(seed)
+    recency = np.where(rng.random(n) < 0.3, np.nan, rng.exponential(40, n))
+    count, amount = rng.poisson(2, n), rng.lognormal(3, 1, n)
+    country = rng.choice(["DE", "FR", "IT"], n)
+    z = -2.2 + 0.5 * count - np.nan_to_num(recency, nan=90) / 60 + (country == "DE")
+    return pa.table(
+        {
+            "customer_id": [f"c{i % (n // 3)}" for i in range(n)],
+            "orders_recency_days": pa.array(recency, from_pandas=True),
+            "orders_count_90d": count,
+            "orders_amount_sum_90d": amount,
+            "country": pa.array(country).take(pa.array([None if i % 11 == 0 else i for i in range(n)], pa.int64())),
+            "constant": np.ones(n),
+            "all_missing": pa.nulls(n, pa.float64()),
+            "converted": rng.random(n) < 1 / (1 + np.exp(-z)),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    train = table_of(3000, 1)
+    contract = FeatureContract.fit(train, "customer_id")
+    return tuple(make_dataset(t, contract, "customer_id") for t in (train, table_of(1500, 2), table_of(1500, 3)))
+
+
+@pytest.fixture(scope="module")
+def models(campaign, data):
+    train, validate, _ = data
+    fitted = {}
+    for candidate in campaign.models:
+        members = [m for n, m in fitted.items() if n != "baseline"]
+        fitted[candidate.name] = train_candidate(campaign, candidate, train, validate, {"campaign": "small"}, members)
+    return fitted
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_saved_model_scores_like_the_one_in_memory(models, data, tmp_path, name):
+    train, _, test = data
+    write_model(models[name], tmp_path / "model", train.X)
+    loaded = load_model(tmp_path / "model")
+    assert np.abs(loaded.log_odds(test.X) - models[name].log_odds(test.X)).max() <= 1e-9
+    assert golden_difference(tmp_path / "model") <= 1e-9
+    assert loaded.contract == models[name].contract
+    written = {p.suffix for p in (tmp_path / "model").rglob("*") if p.is_file()}
+    assert written <= {".json", ".txt", ".npz"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_beats_the_constant_on_unseen_rows(models, data, name):
+    _, _, test = data
+    rate = test.y.mean()
+    z = models[name].log_odds(test.X)
+    assert np.isfinite(z).all()
+    assert log_loss(z, test.y) < log_loss(np.full(len(test.y), np.log(rate / (1 - rate))), test.y)
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "lightgbm", "neural_network"])
+def test_two_trainings_on_the_same_data_give_the_same_bytes(campaign, models, data, tmp_path, name):
+    train, validate, _ = data
+    candidate = next(c for c in campaign.models if c.name == name)
+    again = train_candidate(campaign, candidate, train, validate, {"campaign": "small"})
+    write_model(models[name], tmp_path / "a", train.X)
+    write_model(again, tmp_path / "b", train.X)
+    assert model_identity(tmp_path / "a") == model_identity(tmp_path / "b")
+
+
+def test_the_network_in_numpy_equals_torch(campaign, data):
+    import torch
+
+    from propensity_dagster.models.network import NeuralNetworkEstimator
+
+    train, validate, test = data
+    scorer = NeuralNetworkEstimator(max_epochs=1).fit(train, validate).scorer
+    hidden = torch.from_numpy(
+        np.hstack(
+            [
+                scorer.scaling.apply(test.X),
+                *(t[c] for t, c in zip(scorer.embeddings, scorer.one_hot.codes(test.X).T, strict=True)),
+            ]
+        )
+    ).float()
+    for weights, bias in scorer.layers[:-1]:
+        hidden = torch.nn.functional.silu(hidden @ torch.from_numpy(weights).float() + torch.from_numpy(bias).float())
+    weights, bias = scorer.layers[-1]
+    z = (hidden @ torch.from_numpy(weights).float() + torch.from_numpy(bias).float())[:, 0].numpy()
+    p, q = (1 / (1 + np.exp(-v)) for v in (z, scorer.log_odds(test.X)))
+    assert np.abs(p - q).max() < 1e-6
+
+
+def test_the_network_keeps_its_best_epoch(data):
+    from propensity_dagster.models.network import NeuralNetworkEstimator
+
+    train, validate, _ = data
+    fit = NeuralNetworkEstimator(max_epochs=3).fit(train, validate)
+    assert np.allclose(fit.validation_log_odds, fit.scorer.log_odds(validate.X))
+
+
+@pytest.fixture
+def saved(models, data, tmp_path):
+    folder = tmp_path / "saved"
+    write_model(models["ensemble"], folder, data[0].X)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["model.json", "manifest.json", "lightgbm/trees.txt", "neural_network/weights.npz"])
+@pytest.mark.parametrize("harm", ["cut short", "changed", "removed"])
+def test_a_harmed_model_is_refused(saved, file, harm):
+    path = saved / file
+    content = path.read_bytes()
+    if harm == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if harm == "cut short" else content.replace(b"1", b"2", 1))
+    with pytest.raises(SavedModelError, match=str(saved)):
+        load_model(saved)
+
+
+def test_a_model_with_matching_checksums_but_other_scores_is_refused(models, data, tmp_path):
+    import hashlib
+
+    folder = tmp_path / "model"
+    write_model(models["logistic_regression"], folder, data[0].X)
+    content = json.loads((folder / "model.json").read_text())
+    content["scorer"]["intercept"] += 0.1
+    (folder / "model.json").write_text(json.dumps(content))
+    checksum = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "sha256": {"model.json": checksum}}))
+    with pytest.raises(SavedModelError, match="golden rows score differently"):
+        load_model(folder)
+
+
+def test_unknown_format_and_kind_are_named(models, data, tmp_path):
+    import hashlib
+
+    folder = tmp_path / "model"
+    for kind, version, message in (("oracle", 1, "unknown kind of model 'oracle'"), ("rfm", 9, "format 9 is unknown")):
+        write_model(models["baseline"], folder, data[0].X)
+        content = json.loads((folder / "model.json").read_text()) | {"kind": kind}
+        (folder / "model.json").write_text(json.dumps(content))
+        checksum = hashlib.sha256((folder / "model.json").read_bytes()).hexdigest()
+        (folder / "manifest.json").write_text(json.dumps({"format": version, "sha256": {"model.json": checksum}}))
+        with pytest.raises(SavedModelError, match=message):
+            load_model(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(SavedModelError, match="not a complete saved model"):
+        load_model(folder)
+
+
+def test_rows_in_any_order_of_columns_and_unseen_categories(models):
+    model = models["ensemble"]
+    row = table_of(30, 9).drop_columns(["converted"])
+    assert np.array_equal(model.predict_proba(row), model.predict_proba(row.select(row.column_names[::-1])))
+    unseen = row.set_column(row.column_names.index("country"), "country", pa.array(["XX"] * 30))
+    missing = row.set_column(row.column_names.index("country"), "country", pa.nulls(30, pa.string()))
+    assert np.array_equal(model.predict_proba(unseen), model.predict_proba(missing))
+    with pytest.raises(DataContractError, match="needs 1 features that the data lack: orders_count_90d"):
+        model.predict_proba(row.drop_columns(["orders_count_90d"]))
+
+
+def test_unknown_parameters_name_the_model(campaign, data):
+    candidate = Candidate(name="lightgbm", params={"num_leafs": 3})
+    with pytest.raises(ConfigError, match=r"models\.lightgbm: .*num_leafs"):
+        train_candidate(campaign, candidate, data[0], data[1], {})
+
+
+def test_folds_follow_the_entity():
+    keys = pa.chunked_array([[f"c{i % 50}" for i in range(500)]])
+    folds = entity_folds(keys)
+    assert {len(set(folds[i::50])) for i in range(50)} == {1}
+    assert set(folds) == {0, 1, 2, 3, 4}
+
+
+def test_scaling_uses_training_rows_alone(data):
+    train, _, test = data
+    scaling = Scaling.fit(train.X, train.contract)
+    scaled = scaling.apply(train.X)
+    assert np.isfinite(scaling.apply(test.X)).all()
+    assert abs(scaled[:, 1].mean()) < 0.05
+    assert 0.8 < scaled[:, 1].std() < 1.05
+
+
+TRUE_MAPS = {
+    "none": lambda z: z,
+    "temperature": lambda z: 0.5 * z,
+    "platt": lambda z: 0.7 * z - 1.0,
+    "beta": lambda z: 0.4 * np.log(1 / (1 + np.exp(-z))) - 1.3 * np.log(1 / (1 + np.exp(z))) - 0.5,
+    "isotonic": lambda z: np.where(z > 0.4, 2.5, np.where(z > -1, 0.0, -2.5)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_recovers_the_true_map(method):
+    rng = np.random.default_rng(0)
+    z = rng.normal(-0.5, 1.5, 60_000)
+    truth = TRUE_MAPS[method](z)
+    y = (rng.random(len(z)) < 1 / (1 + np.exp(-truth))).astype(float)
+    chosen, held, losses = choose_calibrator(z, y, rng.integers(0, 5, len(z)))
+    best = log_loss(truth, y)
+    assert losses[chosen.method] - best < 1e-3
+    assert log_loss(held, y) == losses[chosen.method]
+    error = np.abs(1 / (1 + np.exp(-fit_calibrator(method, z, y).apply(z))) - 1 / (1 + np.exp(-truth)))
+    assert error.mean() < 0.01
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(METHODS))
+def test_calibration_never_reverses_the_order(seed, method):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(0, rng.uniform(0.1, 4), 200)
+    y = (rng.random(200) < rng.uniform(0.05, 0.9)).astype(float)
+    y[:2] = [0, 1]
+    calibrated = fit_calibrator(method, z, y).apply(np.sort(z))
+    assert np.isfinite(calibrated).all()
+    assert (np.diff(calibrated) >= -1e-9).all()
+
+
+def test_cross_fitting_never_reads_the_row_it_scores():
+    rng = np.random.default_rng(4)
+    z, y, fold = rng.normal(size=500), (rng.random(500) < 0.3).astype(float), rng.integers(0, 5, 500)
+    before = cross_fit("isotonic", z, y, fold)
+    flipped = np.where(fold == 2, 1 - y, y)
+    after = cross_fit("isotonic", z, flipped, fold)
+    assert np.array_equal(before[fold == 2], after[fold == 2])
+    assert not np.array_equal(before[fold != 2], after[fold != 2])
