@@ -36,7 +36,7 @@ class Calibrator:
 
 def log_loss(z: Floats, y: Floats) -> float:
     """Mean negative log-likelihood of log-odds `z` for outcomes `y`."""
-    return float(-np.mean(y * log_expit(z) + (1 - y) * log_expit(-z)))
+    return float(_losses(z, y).mean())
 
 
 def fit_calibrator(method: str, z: Floats, y: Floats) -> Calibrator:
@@ -54,15 +54,30 @@ def cross_fit(method: str, z: Floats, y: Floats, fold: Ints) -> Floats:
 
 
 def choose_calibrator(z: Floats, y: Floats, fold: Ints) -> tuple[Calibrator, Floats, dict[str, float]]:
-    """The method with the lowest cross-validated log loss, refitted on all rows.
+    """The simplest method that cross-validation cannot tell from the best one, refitted on all rows.
+
+    A method is as good as the best when the mean difference of their losses is within one standard error of
+    that difference (the one-standard-error rule; Breiman et al. 1984, 3.4.3, for the paired differences).
+    The map will be applied to later snapshots, where the flexible one has more to lose.
 
     Returns:
         The calibrator, its cross-fitted log-odds (n,), and every method's cross-validated log loss.
     """
     fitted = {method: cross_fit(method, z, y, fold) for method in METHODS}
-    losses = {method: log_loss(values, y) for method, values in fitted.items()}
-    best = min(METHODS, key=lambda method: round(losses[method], 9))
-    return fit_calibrator(best, z, y), fitted[best], losses
+    losses = {method: _losses(values, y) for method, values in fitted.items()}
+    means = {method: float(values.mean()) for method, values in losses.items()}
+    best = min(METHODS, key=means.__getitem__)
+
+    def is_as_good(method: str) -> bool:
+        difference = losses[method] - losses[best]
+        return float(difference.mean()) <= float(difference.std()) / np.sqrt(len(y))
+
+    chosen = next(method for method in METHODS if is_as_good(method))
+    return fit_calibrator(chosen, z, y), fitted[chosen], means
+
+
+def _losses(z: Floats, y: Floats) -> Floats:
+    return -(y * log_expit(z) + (1 - y) * log_expit(-z))
 
 
 def _minimize_logistic(columns: Floats, y: Floats, start: Floats, lower: list[float | None]) -> Floats:
@@ -110,12 +125,24 @@ def _fit_beta(z: Floats, y: Floats) -> tuple[tuple[float, ...], ...]:
 
 
 def _fit_isotonic(z: Floats, y: Floats) -> tuple[tuple[float, ...], ...]:
+    """Blocks of isotonic regression, each with the rate (converters + 1/2) / (rows + 1).
+
+    A block of a few hundred rows without a converter is no evidence for a probability near 0; with the raw
+    rate, a later snapshot that lies below it would pay for that certainty.
+    """
     from sklearn.isotonic import IsotonicRegression
 
-    # Half an observation on either side keeps empty ends away from probability 0 and 1.
-    edge = 0.5 / (len(y) + 1)
-    model = IsotonicRegression(y_min=edge, y_max=1 - edge, out_of_bounds="clip").fit(z, y)
-    return tuple(map(float, model.X_thresholds_)), tuple(map(float, model.y_thresholds_))
+    model = IsotonicRegression(out_of_bounds="clip").fit(z, y)
+    levels = np.unique(model.y_thresholds_)
+    # Within a block the prediction is interpolated between equal values, which may differ in the last digit.
+    block = np.searchsorted(levels, model.predict(z) + 1e-12, side="right") - 1
+    converted = np.bincount(block, weights=y, minlength=len(levels))
+    rows = np.bincount(block, minlength=len(levels))
+    smoothed = (converted + 0.5) / (rows + 1)
+    # Small blocks at the ends are moved most, perhaps past their neighbours: pool once more.
+    rate = IsotonicRegression().fit_transform(levels, smoothed, sample_weight=rows + 1)
+    at = np.searchsorted(levels, model.y_thresholds_)
+    return tuple(map(float, model.X_thresholds_)), tuple(map(float, rate[at]))
 
 
 def _apply_isotonic(z: Floats, v: tuple[tuple[float, ...], ...]) -> Floats:
