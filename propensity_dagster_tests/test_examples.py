@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from propensity_dagster.campaign import Candidate, load_campaign
+from propensity_dagster.data.lake import Home
+from propensity_dagster.models.calibration import log_loss
+from propensity_dagster.models.dataset import FeatureContract, FeatureSpec, make_dataset, read_split
+from propensity_dagster.models.training import rfm_columns, train_candidate
+
 from .conftest import SHARED_DATA
 
 ROOT = Path(__file__).parents[1]
@@ -38,10 +44,26 @@ def test_cdnow(tmp_path):
     assert record["decision"]["promoted"]
 
 
+def rfm_regression_loss(home: Path, name: str) -> float:
+    """Test log loss of a calibrated logistic regression on recency, frequency and spend alone."""
+    campaign = load_campaign(ROOT / "examples" / f"{name}.yaml")
+    training_set = Home(home).lake(name).file("training_set")
+    wanted = rfm_columns(campaign).names()
+    contract = FeatureContract(tuple(FeatureSpec(feature, "number") for feature in wanted))
+    train, validate, test = (
+        make_dataset(read_split(training_set, split), contract, campaign.key) for split in ("train", "validate", "test")
+    )
+    candidate = Candidate(name="logistic_regression")
+    model = train_candidate(campaign, candidate, train, validate, {})
+    return log_loss(model.log_odds(test.X), test.y)
+
+
 @needs_data
 def test_online_retail(tmp_path):
     record = record_of("online_retail", tmp_path)
     assert record["snapshots"]["test"][-1] == "2011-08-01"
     comparison = record["comparisons"]["baseline"]["log_loss"]
     assert comparison["high"] < 0
+    champion = record["models"][record["challenger"]]["log_loss"]["value"]
+    assert champion < rfm_regression_loss(tmp_path, "online_retail")
     assert record["decision"]["promoted"]

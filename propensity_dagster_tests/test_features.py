@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import open_engine
-from propensity_dagster.data.ingest import day_index
 from propensity_dagster.features import build
 from propensity_dagster.features.activity import daily_activity, daily_categories
 from propensity_dagster.features.build import Inputs, build_features, build_labels, campaign_features

@@ -14,18 +14,11 @@ from hypothesis import strategies as st
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.contracts import stream_contract
 from propensity_dagster.data.engine import open_engine
-from propensity_dagster.data.ingest import (
-    days_to_ingest,
-    ingest_entities,
-    ingest_stream,
-    newest_event_day,
-    stream_violations,
-    validate_entities,
-    validate_stream,
-)
+from propensity_dagster.data.ingest import days_to_ingest, ingest_entities, ingest_stream, newest_event_day
 from propensity_dagster.data.lake import UNPLACED
 from propensity_dagster.data.quarantine import reason_for
 from propensity_dagster.data.sources import changed_files, days_in_files
+from propensity_dagster.data.validate import stream_violations, validate_entities, validate_stream
 from propensity_dagster.errors import ConfigError, DataContractError, InsufficientDataError
 
 from .conftest import CUSTOMERS, ORDERS, write_rows

@@ -1,7 +1,6 @@
 """What the asset factories share: keys, partitions, user errors, metadata."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -9,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import dagster as dg
 
 from propensity_dagster.campaign import Campaign
-from propensity_dagster.data.ingest import days_between
+from propensity_dagster.data.days import days_between
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import PropensityError, SourceError
 
@@ -97,16 +96,6 @@ def note_partitions(
 def row_counts(counts: Mapping[date, int], name: str = "rows") -> dict[date, dict[str, Any]]:
     """Metadata of row counts per partition."""
     return {day: {name: count} for day, count in counts.items()}
-
-
-@contextmanager
-def timed(metadata: dict[str, Any]) -> Generator[None]:
-    """Adds `seconds` to the metadata."""
-    import time
-
-    start = time.perf_counter()
-    yield
-    metadata["seconds"] = round(time.perf_counter() - start, 3)
 
 
 def records_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:

@@ -17,16 +17,15 @@ from propensity_dagster.components.common import (
     warning,
 )
 from propensity_dagster.contracts import entity_contract, stream_contract
-from propensity_dagster.data.ingest import (
+from propensity_dagster.data.ingest import ingest_entities, ingest_stream
+from propensity_dagster.data.sources import campaign_calendar
+from propensity_dagster.data.validate import (
     ValidationReport,
     entity_violations,
-    ingest_entities,
-    ingest_stream,
     stream_violations,
     validate_entities,
     validate_stream,
 )
-from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.features.activity import ACTIVITY, build_activity
 from propensity_dagster.features.build import ENTITIES, derive_entities
 from propensity_dagster.runtime import Runtime

@@ -185,7 +185,7 @@ def _candidate(campaign: Campaign, candidate: Candidate) -> dg.AssetsDefinition:
         folder = runtime.home.candidates(campaign.name) / candidate.name
         return dg.MaterializeResult(
             metadata={
-                "validation_log_loss": model.facts["validation_log_loss"],
+                "validation_log_loss": _rounded(model.facts["validation_log_loss"]),
                 "calibration": model.calibrator.method,
                 "training_rows": model.facts["rows"]["train"],
                 "folder": dg.MetadataValue.path(folder),
@@ -280,10 +280,10 @@ def _training_set_result(asset: dg.AssetKey, report: TrainingSetReport) -> dg.Ma
         metadata={
             "rows": rows,
             "converted": converted,
-            "outcome_rate": converted / rows,
+            "outcome_rate": _rounded(converted / rows),
             "splits": records_table(splits),
             "embargoed_snapshots": sum(s.split == EMBARGO for s in report.plan),
-            "test_entities_also_in_training": report.shared_entities,
+            "test_entities_also_in_training": _rounded(report.shared_entities),
         },
         check_results=[
             # publish_training_set raises LeakageError otherwise, and nothing is published.
@@ -309,7 +309,7 @@ def _evaluation_result(
     return dg.MaterializeResult(
         metadata={
             "challenger": challenger,
-            **{metric: value for metric, value in found.items() if value is not None},
+            **{metric: _rounded(value) for metric, value in found.items() if value is not None},
             "models": records_table(rows),
             "plots": dg.MetadataValue.md(inline_image(folder / "overview.png")),
             "folder": dg.MetadataValue.path(folder),
@@ -322,4 +322,4 @@ def _evaluation_result(
 
 
 def _rounded(value: float | None) -> float | str:
-    return "" if value is None else round(value, 5)
+    return "" if value is None else float(f"{value:.5g}")

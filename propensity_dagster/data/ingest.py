@@ -1,6 +1,5 @@
-"""From a source to validated tables: raw copies, contracts, quarantine, by event day.
+"""From a source to raw copies of its declared columns, by event day.
 
-Every row read ends in exactly one place: validated, quarantined with a reason, or counted as a duplicate.
 Rows of an event log whose day cannot be known go to the pseudo-partition `unplaced`, read anew in full by
 every ingestion, so that none is lost and none is counted twice.
 """
@@ -11,33 +10,21 @@ every ingestion, so that none is lost and none is counted twice.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
-from pathlib import Path
-from typing import Any
 
 import ibis
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign, Stream
-from propensity_dagster.contracts import entity_contract, stream_contract
-from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
+from propensity_dagster.data.days import day_index, days_between, publish_days, stable_order, stored_rows
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.lake import UNPLACED, Home, Lake, publish_table, publish_text
-from propensity_dagster.data.quarantine import REASON, count_violations, reason_for
+from propensity_dagster.data.lake import Home, Lake, publish_table, publish_text
 from propensity_dagster.data.sources import campaign_calendar, open_table, reading, select_declared
 from propensity_dagster.errors import DataContractError, InsufficientDataError
 
 logger = logging.getLogger(__name__)
-
-EPOCH = date(1970, 1, 1)
-_RAW = "raw__"
-_NUMBER_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -49,43 +36,6 @@ class RawReport:
     late: int
     time_zone: str
     rows_by_day: dict[date, int]
-
-
-@dataclass(frozen=True)
-class ValidationReport:
-    """Where the rows went: rows_in = good + quarantined + duplicates.
-
-    `unplaced` of the rows are bad because their day cannot be known; they belong to no day of the run.
-    """
-
-    rows_in: int
-    good: int
-    quarantined: int
-    duplicates: int
-    reasons: dict[str, int]
-    good_by_day: dict[date, int]
-    unplaced: int = 0
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether every row is accounted for."""
-        return self.rows_in == self.good + self.quarantined + self.duplicates
-
-    @property
-    def bad_fraction(self) -> float:
-        """Share of quarantined rows among those with a day."""
-        placed = self.rows_in - self.unplaced
-        return (self.quarantined - self.unplaced) / placed if placed else 0.0
-
-
-def days_between(first: date, last: date) -> list[date]:
-    """Every day from first to last, both inclusive."""
-    return [first + timedelta(days=n) for n in range((last - first).days + 1)]
-
-
-def day_index(day: date) -> int:
-    """Days since 1970-01-01."""
-    return (day - EPOCH).days
 
 
 def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine) -> RawReport:
@@ -109,8 +59,8 @@ def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: 
         inside = (day >= day_index(calendar.first)) & (day <= day_index(newest))
         placed = table.mutate(day=ibis.ifelse(inside, day, ibis.null().cast("int32")))
         wanted = placed.day.isnull() | ((placed.day >= day_index(first)) & (placed.day <= day_index(last)))
-        ordered = placed.filter(wanted).order_by([placed.day.asc(nulls_first=False), *_stable(placed, ["day"])])
-        before = _stored_rows([lake.partition(f"raw_{name}", "day", d) for d in days_between(first, last)])
+        ordered = placed.filter(wanted).order_by([placed.day.asc(nulls_first=False), *stable_order(placed, ["day"])])
+        before = stored_rows([lake.partition(f"raw_{name}", "day", d) for d in days_between(first, last)])
         if not _note_source_rows(lake, name, engine, table):
             raise InsufficientDataError(
                 f"{campaign.file}: {where}: table {stream.table!r} has no rows that pass its filter"
@@ -135,95 +85,6 @@ def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: 
     return report
 
 
-def validate_stream(
-    campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine
-) -> ValidationReport:
-    """Split `raw_<name>` of these days into `validated_<name>` and `quarantine_<name>`.
-
-    Duplicates are looked for within a day, so that the result does not depend on how days are grouped in
-    runs: rows with one id, or, without an id (or with `lines`), rows equal in every column read.
-
-    Raises:
-        DataContractError: when the share of bad rows is above the campaign's `max_bad_fraction`; the
-            quarantine is then written and `validated_<name>` is left as it was.
-    """
-    stream = campaign.source.streams[name]
-    lake = home.lake(campaign.name)
-    days = days_between(first, last)
-    files = lake.existing_days(f"raw_{name}", days)
-    unplaced = lake.partition(f"raw_{name}", "day", UNPLACED)
-    calendar = campaign_calendar(campaign)
-    contract = stream_contract(campaign, stream, calendar.first, calendar.last or date.today())
-    raw = engine.read([*files, unplaced])
-    row, uncoerced = _coerce_stream(campaign, name, stream, raw)
-    reason = reason_for(row, contract, uncoerced)
-    row = row.mutate(reason=reason)
-    inside = row.time.notnull() & (row.day >= day_index(first)) & (row.day <= day_index(last))
-    in_calendar = (row.day >= day_index(calendar.first)) & (row.day <= day_index(calendar.last or date.today()))
-    # A row of the unplaced file has no day in the calendar; anything else would be another run's row.
-    row = row.filter(inside | row.day.isnull() | ~in_calendar)
-    row = row.mutate(day=ibis.ifelse(inside, row.day, ibis.null().cast("int32")))
-    raw_columns = [c for c in row.columns if c.startswith(_RAW)]
-    checked = engine.cache(_mark_duplicates(row, _identity(stream, raw_columns), raw_columns))
-
-    quarantine = checked.filter(checked.reason.notnull())
-    quarantine = quarantine.select(
-        "day",
-        **{c.removeprefix(_RAW): quarantine[c].cast("string") for c in raw_columns},
-        reason=quarantine.reason,
-    )
-    quarantine = quarantine.order_by([quarantine.day.asc(nulls_first=False), *_stable(quarantine, ["day"])])
-    bad_by_day, bad_unplaced = publish_days(
-        engine.batches(quarantine),
-        days,
-        lambda d: lake.partition(f"quarantine_{name}", "day", d),
-        unplaced=True,
-    )
-    rows_by_day = dict(zip(days, _rows_of_each(files), strict=True))
-    _require_fraction(campaign, name, sum(bad_by_day.values()), sum(rows_by_day.values()))
-    _require_fraction(campaign, name, bad_unplaced, _source_rows(lake, name))
-
-    good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0))
-    good = good.select("day", *contract.columns)
-    good = good.order_by(["day", *_stable(good, ["day"])])
-    good_by_day, _ = publish_days(engine.batches(good), days, lambda d: lake.partition(f"validated_{name}", "day", d))
-    report = ValidationReport(
-        rows_in=sum(rows_by_day.values()) + pq.read_metadata(unplaced).num_rows,
-        good=sum(good_by_day.values()),
-        quarantined=sum(bad_by_day.values()) + bad_unplaced,
-        duplicates=_duplicates(engine, checked),
-        reasons=_reasons(engine, checked),
-        good_by_day=good_by_day,
-        unplaced=bad_unplaced,
-    )
-    logger.info(
-        "validated_%s: %s good, %s quarantined, %s duplicates",
-        name,
-        f"{report.good:,}",
-        f"{report.quarantined:,}",
-        f"{report.duplicates:,}",
-    )
-    return report
-
-
-def stream_violations(campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine) -> int:
-    """How many rows of `validated_<name>` break the contract: the check reads what was published."""
-    stream = campaign.source.streams[name]
-    calendar = campaign_calendar(campaign)
-    contract = stream_contract(campaign, stream, calendar.first, calendar.last or date.today())
-    table = engine.read(home.lake(campaign.name).existing_days(f"validated_{name}", days_between(first, last)))
-    if stream.id and not stream.lines:  # ids are unique within a day: see `validate_stream`
-        contract = contract.update_column("event_id", unique=False)
-        repeated = table.group_by([coerce.day_number(table.time).name("day"), "event_id"]).aggregate(n=table.count())
-        twice = int(
-            engine.arrow(repeated.aggregate(n=(repeated.n - 1).sum().fill_null(0).cast("int64")))["n"][0].as_py()
-        )
-    else:
-        twice = 0
-    broken = engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))
-    return int(broken["n"][0].as_py()) + twice
-
-
 def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport:
     """Copy the declared columns of the customer table into `raw_<table>`.
 
@@ -231,11 +92,11 @@ def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport
         InsufficientDataError: when it is empty.
     """
     entities = campaign.source.entities
-    table_name = _require_table(campaign)
+    table_name = require_entity_table(campaign)
 
     with reading(f"{campaign.file}: source.entities"):
         table = _declared_entities(campaign, home, engine)
-        data = engine.arrow(table.order_by(_stable(table, [])))
+        data = engine.arrow(table.order_by(stable_order(table, [])))
         if data.num_rows == 0:
             raise InsufficientDataError(
                 f"{campaign.file}: source.entities: table {table_name!r} has no rows that pass its filter"
@@ -245,63 +106,6 @@ def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport
     report = RawReport(data.num_rows, 0, 0, zone, {})
     logger.info("raw_%s: %s rows", table_name, f"{report.rows:,}")
     return report
-
-
-def validate_entities(campaign: Campaign, home: Home, engine: Engine) -> ValidationReport:
-    """Split `raw_<table>` into `validated_<table>` and `quarantine_<table>`.
-
-    Of customers with one key the one created first is kept; an equal row is a duplicate, a different one is
-    quarantined.
-
-    Raises:
-        DataContractError: when the share of bad rows is above the campaign's `max_bad_fraction`.
-    """
-    table_name = _require_table(campaign)
-    lake = home.lake(campaign.name)
-    raw = engine.read(lake.existing(f"raw_{table_name}"))
-    types = _attribute_types(campaign, raw, engine)
-    row, uncoerced = _coerce_entities(campaign, raw, types)
-    calendar = campaign_calendar(campaign)
-    contract = entity_contract(campaign, types, calendar.last or date.today())
-    row = row.mutate(reason=reason_for(row, contract, uncoerced))
-    raw_columns = [c for c in row.columns if c.startswith(_RAW)]
-    row = _mark_duplicates(row, raw_columns, raw_columns)
-    clean = row.reason.isnull() & (row.duplicate == 0)
-    rank = ibis.row_number().over(
-        group_by=[row[campaign.key], clean], order_by=[row.created_at, *(row[c] for c in raw_columns)]
-    )
-    again = clean & (rank > 0)
-    message = f"{campaign.key}: another row with this key was created earlier"
-    checked = engine.cache(row.mutate(reason=ibis.ifelse(again, message, row.reason)))
-
-    quarantine = checked.filter(checked.reason.notnull())
-    quarantine = quarantine.select(
-        **{c.removeprefix(_RAW): quarantine[c].cast("string") for c in raw_columns}, reason=quarantine.reason
-    )
-    bad = engine.arrow(quarantine.order_by(_stable(quarantine, [])))
-    publish_table(bad, lake.file(f"quarantine_{table_name}"))
-    total = pq.read_metadata(lake.file(f"raw_{table_name}")).num_rows
-    _require_fraction(campaign, table_name, bad.num_rows, total)
-    good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0)).select(*contract.columns)
-    data = engine.arrow(good.order_by(campaign.key))
-    publish_table(data, lake.file(f"validated_{table_name}"))
-    report = ValidationReport(
-        total, data.num_rows, bad.num_rows, _duplicates(engine, checked), _reasons(engine, checked), {}
-    )
-    logger.info(
-        "validated_%s: %s good, %s quarantined, %s duplicates", table_name, f"{report.good:,}", report.quarantined,
-        report.duplicates,
-    )  # fmt: skip
-    return report
-
-
-def entity_violations(campaign: Campaign, home: Home, engine: Engine) -> int:
-    """How many rows of the validated customer table break the contract."""
-    table = engine.read(home.lake(campaign.name).existing(f"validated_{_require_table(campaign)}"))
-    types = {n: "number" if table[n].type().is_numeric() else "category" for n in campaign.source.entities.attributes}
-    calendar = campaign_calendar(campaign)
-    contract = entity_contract(campaign, types, calendar.last or date.today())
-    return int(engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))["n"][0].as_py())
 
 
 def days_to_ingest(campaign: Campaign, home: Home, *, until: date) -> tuple[date, date] | None:
@@ -336,11 +140,6 @@ def newest_event_day(campaign: Campaign, home: Home) -> date:
     raise InsufficientDataError(f"{campaign.file}: {table} holds no event: ingest the event logs first")
 
 
-def entity_columns(campaign: Campaign) -> list[str]:
-    """Attribute columns of the entities."""
-    return list(campaign.source.entities.attributes)
-
-
 def _declared_stream(campaign: Campaign, name: str, stream: Stream, home: Home, engine: Engine) -> ibis.Table:
     key = stream.key or campaign.key
     optional = [stream.id, stream.amount, stream.type, stream.ingested_at]
@@ -361,83 +160,9 @@ def _declared_entities(campaign: Campaign, home: Home, engine: Engine) -> ibis.T
     entities = campaign.source.entities
     categories = [n for n, a in entities.attributes.items() if a.type == "category"]
     created_at = entities.created_at or ""
-    table = open_table(campaign, _require_table(campaign), [entities.key, created_at, *categories], home, engine)
+    table = open_table(campaign, require_entity_table(campaign), [entities.key, created_at, *categories], home, engine)
     declared = [entities.key, created_at, *entities.attributes]
     return select_declared(campaign, "source.entities", table, engine, declared, entities.derive, entities.where)
-
-
-def _coerce_stream(campaign: Campaign, name: str, stream: Stream, raw: ibis.Table) -> tuple[ibis.Table, dict[str, Any]]:
-    table = raw.rename({f"{_RAW}{c}": c for c in raw.columns})
-    where = f"{campaign.file}: source.streams.{name}"
-
-    def source(column: str) -> Any:
-        return table[f"{_RAW}{column}"]
-
-    key = source(stream.key or campaign.key)
-    time = coerce.utc_time(source(stream.time), stream.time_format, f"{where}.time")
-    columns: dict[str, tuple[Any, Any]] = {
-        campaign.key: (key, coerce.key_text(key)),
-        "time": (source(stream.time), time),
-    }
-    if stream.id:
-        columns["event_id"] = (source(stream.id), coerce.key_text(source(stream.id)))
-    if stream.amount:
-        columns["amount"] = (source(stream.amount), coerce.scaled_integer(source(stream.amount), CENTS))
-    for measure in stream.measures:
-        value = source(measure)
-        columns[f"measure_{measure}"] = (value, coerce.scaled_integer(value, THOUSANDTHS))
-    for column in stream.categories:
-        columns[f"category_{column}"] = (source(column), coerce.category(source(column)))
-    if stream.type:
-        columns["type"] = (source(stream.type), coerce.category(source(stream.type)))
-    if stream.ingested_at:
-        value = source(stream.ingested_at)
-        columns["ingested_at"] = (value, coerce.utc_time(value, None, f"{where}.ingested_at"))
-    coerced = table.mutate(**{column: expression for column, (_, expression) in columns.items()})
-    coerced = coerced.mutate(day=coerce.day_number(coerced.time))
-    return coerced, _lost_values(coerced, columns)
-
-
-def _coerce_entities(campaign: Campaign, raw: ibis.Table, types: dict[str, str]) -> tuple[ibis.Table, dict[str, Any]]:
-    entities = campaign.source.entities
-    table = raw.rename({f"{_RAW}{c}": c for c in raw.columns})
-    key, created = table[f"{_RAW}{entities.key}"], table[f"{_RAW}{entities.created_at}"]
-    where = f"{campaign.file}: source.entities.created_at"
-    columns: dict[str, tuple[Any, Any]] = {
-        campaign.key: (key, coerce.key_text(key)),
-        "created_at": (created, coerce.utc_time(created, entities.time_format, where)),
-    }
-    for name in entities.attributes:
-        value = table[f"{_RAW}{name}"]
-        columns[name] = (value, coerce.number(value) if types[name] == "number" else coerce.category(value))
-    coerced = table.mutate(**{column: expression for column, (_, expression) in columns.items()})
-    return coerced, _lost_values(coerced, columns)
-
-
-def _lost_values(coerced: ibis.Table, columns: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Per column, where a value was there and did not coerce. Text coerces to text, so it cannot be lost."""
-    return {
-        name: coerce.lost(coerced[raw.get_name()], coerced[name])
-        for name, (raw, _) in columns.items()
-        if not (raw.type().is_string() and coerced[name].type().is_string())
-    }
-
-
-def _attribute_types(campaign: Campaign, raw: ibis.Table, engine: Engine) -> dict[str, str]:
-    """Declared types; else numbers where the source's column is one, or text that nearly always reads as one."""
-    types: dict[str, str] = {}
-    for name, attribute in campaign.source.entities.attributes.items():
-        if attribute.type is not None:
-            types[name] = attribute.type
-        elif raw[name].type().is_string():
-            present = raw.filter(coerce.category(raw[name]).notnull())
-            counts = present.aggregate(n=present.count(), numbers=coerce.number(present[name]).count())
-            found = engine.arrow(counts).to_pylist()[0]
-            is_number = found["n"] and found["numbers"] >= _NUMBER_SHARE * found["n"]
-            types[name] = "number" if is_number else "category"
-        else:
-            types[name] = "number" if raw[name].type().is_numeric() else "category"
-    return types
 
 
 def _note_source_rows(lake: Lake, name: str, engine: Engine, table: ibis.Table) -> int:
@@ -447,124 +172,17 @@ def _note_source_rows(lake: Lake, name: str, engine: Engine, table: ibis.Table) 
     return rows["rows"]
 
 
-def _source_rows(lake: Lake, name: str) -> int:
+def source_rows(lake: Lake, name: str) -> int:
+    """Rows of the whole log when it was read last."""
     return json.loads((lake.root / f"raw_{name}" / "source.json").read_text(encoding="utf-8"))["rows"]
 
 
-def _identity(stream: Stream, raw_columns: Sequence[str]) -> list[str] | None:
-    """Columns in which equal rows are one event; None where every row is an event of its own."""
-    if stream.id and not stream.lines:
-        return ["day", "event_id"]
-    return None if stream.equal_rows == "keep" else ["day", *raw_columns]
+def require_entity_table(campaign: Campaign) -> str:
+    """Name of the customer table.
 
-
-def _mark_duplicates(row: ibis.Table, identity: Sequence[str] | None, raw_columns: Sequence[str]) -> ibis.Table:
-    """Adds `duplicate`: 0 for the first of the good rows that share an identity, then 1, 2, ..."""
-    if identity is None:
-        return row.mutate(duplicate=ibis.literal(0, "int64"))
-    window = ibis.window(
-        group_by=[row.reason.isnull(), *(row[c] for c in identity)],
-        order_by=[row[c] for c in [*([] if "time" not in row.columns else ["time"]), *raw_columns]],
-    )
-    number = ibis.row_number().over(window)
-    return row.mutate(duplicate=ibis.ifelse(row.reason.isnull(), number, 0).cast("int64"))
-
-
-def _duplicates(engine: Engine, checked: ibis.Table) -> int:
-    repeated = checked.filter(checked.reason.isnull() & (checked.duplicate > 0))
-    return int(engine.arrow(repeated.aggregate(n=repeated.count()))["n"][0].as_py())
-
-
-def _reasons(engine: Engine, checked: ibis.Table) -> dict[str, int]:
-    bad = checked.filter(checked.reason.notnull())
-    counts = engine.arrow(bad.group_by(REASON).aggregate(n=bad.count()).order_by(REASON))
-    return {row[REASON]: row["n"] for row in counts.to_pylist()}
-
-
-def _require_fraction(campaign: Campaign, name: str, bad: int, total: int) -> None:
-    if total and bad > campaign.max_bad_fraction * total:
-        raise DataContractError(
-            f"{campaign.file}: {name}: {bad:,} of {total:,} rows ({bad / total:.1%}) break the contract, "
-            f"max_bad_fraction allows {campaign.max_bad_fraction:.1%}; see quarantine_{name} for the reasons"
-        )
-
-
-def publish_days(
-    batches: pa.RecordBatchReader,
-    days: Sequence[date],
-    file_of: Callable[[date | str], Path],
-    unplaced: bool = False,
-    keep_day: bool = False,
-) -> tuple[dict[date, int], int]:
-    """Write a stream that is sorted by `day`, nulls last, as one file a day, empty days too.
-
-    With `unplaced`, rows without a day go to a file of their own, which is written even when empty.
-
-    Returns:
-        Rows of each day, and rows without a day.
+    Raises:
+        DataContractError: when entities are derived from a stream.
     """
-    dropped = [] if keep_day else ["day"]
-    schema = pa.schema([field for field in batches.schema if field.name not in dropped])
-    rows = dict.fromkeys(days, 0)
-    lost = 0
-    expected = iter(days)
-    for day, table in _split_by_day(batches):
-        if day is None:
-            lost = table.num_rows
-            publish_table(table.drop_columns(dropped), file_of(UNPLACED))
-            continue
-        for empty in expected:
-            if empty == day:
-                break
-            publish_table(schema.empty_table(), file_of(empty))
-        rows[day] = table.num_rows
-        publish_table(table.drop_columns(dropped), file_of(day))
-    for empty in expected:
-        publish_table(schema.empty_table(), file_of(empty))
-    if unplaced and not lost:
-        publish_table(schema.empty_table(), file_of(UNPLACED))
-    return rows, lost
-
-
-def _split_by_day(batches: pa.RecordBatchReader) -> Iterator[tuple[date | None, pa.Table]]:
-    """Runs of equal `day`, in order; a run may span batches."""
-    pending: list[pa.RecordBatch] = []
-    current: int | None = None
-    for batch in batches:
-        index = batch.schema.get_field_index("day")
-        days = pc.fill_null(batch.column(index), np.iinfo(np.int32).max).to_numpy(zero_copy_only=False)
-        starts = np.flatnonzero(np.diff(days, prepend=days[:1] - 1)) if len(days) else np.empty(0, int)
-        for start, end in zip(starts, [*starts[1:], len(days)], strict=True):
-            day = int(days[start])
-            if pending and day != current:
-                yield _day_or_none(current), pa.Table.from_batches(pending)
-                pending = []
-            current = day
-            pending.append(batch.slice(start, end - start))
-    if pending:
-        yield _day_or_none(current), pa.Table.from_batches(pending)
-
-
-def _day_or_none(number: int | None) -> date | None:
-    if number is None or number == np.iinfo(np.int32).max:
-        return None
-    return EPOCH + timedelta(days=number)
-
-
-def _stable(table: ibis.Table, but: Sequence[str]) -> list[str]:
-    """Columns to sort by so that equal tables have equal bytes."""
-    return [name for name in table.columns if name not in but]
-
-
-def _rows_of_each(files: Sequence[Path]) -> list[int]:
-    return [pq.read_metadata(file).num_rows for file in files]
-
-
-def _stored_rows(files: Sequence[Path]) -> int:
-    return sum(_rows_of_each([file for file in files if file.exists()]))
-
-
-def _require_table(campaign: Campaign) -> str:
     table = campaign.source.entities.table
     if table is None:
         raise DataContractError(f"{campaign.file}: source.entities is derived from a stream: there is no table")

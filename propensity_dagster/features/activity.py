@@ -22,8 +22,8 @@ import sqlglot.expressions as sge
 from propensity_dagster.campaign import Campaign, Stream
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
+from propensity_dagster.data.days import days_between, publish_days
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.ingest import days_between, publish_days
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import parse_expression
 from propensity_dagster.errors import ConfigError

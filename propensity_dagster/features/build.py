@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign, Stream
 from propensity_dagster.data import coerce
+from propensity_dagster.data.days import day_index, days_between
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.ingest import day_index, days_between, newest_event_day
+from propensity_dagster.data.ingest import newest_event_day
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import DataContractError, InsufficientDataError

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.ingest import day_index
 from propensity_dagster.data.lake import Home, publish_table, publish_text
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import InsufficientDataError

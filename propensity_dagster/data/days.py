@@ -1,0 +1,104 @@
+"""Event days: their arithmetic, and publishing a stream of rows as one file a day."""
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import compute
+
+from propensity_dagster.data.lake import UNPLACED, publish_table
+
+EPOCH = date(1970, 1, 1)
+pc: Any = compute  # its functions are made at import, which no type checker sees
+
+
+def days_between(first: date, last: date) -> list[date]:
+    """Every day from first to last, both inclusive."""
+    return [first + timedelta(days=n) for n in range((last - first).days + 1)]
+
+
+def day_index(day: date) -> int:
+    """Days since 1970-01-01."""
+    return (day - EPOCH).days
+
+
+def publish_days(
+    batches: pa.RecordBatchReader,
+    days: Sequence[date],
+    file_of: Callable[[date | str], Path],
+    unplaced: bool = False,
+    keep_day: bool = False,
+) -> tuple[dict[date, int], int]:
+    """Write a stream that is sorted by `day`, nulls last, as one file a day, empty days too.
+
+    With `unplaced`, rows without a day go to a file of their own, which is written even when empty.
+
+    Returns:
+        Rows of each day, and rows without a day.
+    """
+    dropped = [] if keep_day else ["day"]
+    schema = pa.schema([field for field in batches.schema if field.name not in dropped])
+    rows = dict.fromkeys(days, 0)
+    lost = 0
+    expected = iter(days)
+    for day, table in _split_by_day(batches):
+        if day is None:
+            lost = table.num_rows
+            publish_table(table.drop_columns(dropped), file_of(UNPLACED))
+            continue
+        for empty in expected:
+            if empty == day:
+                break
+            publish_table(schema.empty_table(), file_of(empty))
+        rows[day] = table.num_rows
+        publish_table(table.drop_columns(dropped), file_of(day))
+    for empty in expected:
+        publish_table(schema.empty_table(), file_of(empty))
+    if unplaced and not lost:
+        publish_table(schema.empty_table(), file_of(UNPLACED))
+    return rows, lost
+
+
+def _split_by_day(batches: pa.RecordBatchReader) -> Iterator[tuple[date | None, pa.Table]]:
+    """Runs of equal `day`, in order; a run may span batches."""
+    pending: list[pa.RecordBatch] = []
+    current: int | None = None
+    for batch in batches:
+        index = batch.schema.get_field_index("day")
+        days = pc.fill_null(batch.column(index), np.iinfo(np.int32).max).to_numpy(zero_copy_only=False)
+        starts = np.flatnonzero(np.diff(days, prepend=days[:1] - 1)) if len(days) else np.empty(0, int)
+        for start, end in zip(starts, [*starts[1:], len(days)], strict=True):
+            day = int(days[start])
+            if pending and day != current:
+                yield _day_or_none(current), pa.Table.from_batches(pending)
+                pending = []
+            current = day
+            pending.append(batch.slice(start, end - start))
+    if pending:
+        yield _day_or_none(current), pa.Table.from_batches(pending)
+
+
+def _day_or_none(number: int | None) -> date | None:
+    if number is None or number == np.iinfo(np.int32).max:
+        return None
+    return EPOCH + timedelta(days=number)
+
+
+def rows_of_each(files: Sequence[Path]) -> list[int]:
+    """Row counts, read from the files' footers."""
+    return [pq.read_metadata(file).num_rows for file in files]
+
+
+def stored_rows(files: Sequence[Path]) -> int:
+    """Rows of those files that exist."""
+    return sum(rows_of_each([file for file in files if file.exists()]))
+
+
+def stable_order(table: ibis.Table, but: Sequence[str]) -> list[str]:
+    """Columns to sort by so that equal tables have equal bytes."""
+    return [name for name in table.columns if name not in but]
