@@ -50,6 +50,11 @@ class Engine:
         paths = [files] if isinstance(files, Path) else list(files)
         return self.backend.read_parquet([str(path) for path in paths], hive_partitioning=False)
 
+    def view(self, name: str, file: Path) -> ibis.Table:
+        """A table over one parquet file under a fixed name: bind it to another file and prepared queries follow."""
+        self.backend.raw_sql(f"CREATE OR REPLACE TEMP VIEW \"{name}\" AS SELECT * FROM read_parquet('{_quoted(file)}')")
+        return self.backend.table(name)
+
     def table(self, data: pa.Table) -> ibis.Table:
         """A table over Arrow data."""
         return self.backend.create_table(ibis.util.gen_name("arrow"), data, temp=True)

@@ -10,7 +10,7 @@ from propensity_dagster.evaluation.metrics import METRICS, Floats, Judged, Weigh
 
 Ints = NDArray[np.int64]
 
-REPLICATES = 300
+REPLICATES = 250
 _CELLS = 4_000_000  # weights held at a time
 
 

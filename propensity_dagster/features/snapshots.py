@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 TRAINING_SET = "training_set"
 SPLITS = "splits"
+_SCORED = "scored_entities"
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,16 @@ def _publish_labels(
     lake = home.lake(campaign.name)
     rows: dict[date, int] = {}
     converted: dict[date, int] = {}
+    scored = engine.view(_SCORED, lake.existing_partition("features", "snapshot", snapshots[0]))
+    query = engine.prepare(build_labels(campaign, inputs.activity, scored, as_of=engine.day_variable()))
     for snapshot in snapshots:
-        scored = engine.read(lake.existing_partition("features", "snapshot", snapshot))
-        labels = engine.arrow(build_labels(campaign, inputs.activity, scored, as_of=snapshot))
-        publish_table(labels, lake.partition("labels", "snapshot", snapshot))
-        rows[snapshot] = labels.num_rows
-        converted[snapshot] = int(labels["converted"].cast("int64").to_numpy().sum())
+        engine.view(_SCORED, lake.existing_partition("features", "snapshot", snapshot))
+        engine.set_day(day_index(snapshot))
+        file = lake.partition("labels", "snapshot", snapshot)
+        engine.publish_query(query, file)
+        labels = pq.read_table(file, columns=["converted"])["converted"]
+        rows[snapshot] = len(labels)
+        converted[snapshot] = int(labels.cast("int64").to_numpy().sum())
     logger.info("labels: %s rows, %s converted", f"{sum(rows.values()):,}", f"{sum(converted.values()):,}")
     return LabelsReport(rows, converted)
 
