@@ -217,7 +217,7 @@ TRUE_MAPS = {
     "temperature": lambda z: 0.5 * z,
     "platt": lambda z: 0.7 * z - 1.0,
     "beta": lambda z: 0.4 * np.log(1 / (1 + np.exp(-z))) - 1.3 * np.log(1 / (1 + np.exp(z))) - 0.5,
-    "isotonic": lambda z: np.where(z > 0.4, 2.5, np.where(z > -1, 0.0, -2.5)),
+    "isotonic": lambda z: np.interp(z, [-8, -1, 0, 1, 8], [-5, -2.5, -2.4, 1.0, 1.5]),
 }
 
 
@@ -233,6 +233,17 @@ def test_calibration_recovers_the_true_map(method):
     assert log_loss(held, y) == losses[chosen.method]
     error = np.abs(1 / (1 + np.exp(-fit_calibrator(method, z, y).apply(z))) - 1 / (1 + np.exp(-truth)))
     assert error.mean() < 0.01
+
+
+def test_isotonic_calibration_makes_no_cliff_below_the_data():
+    """The lowest rows of a sample often hold no converter; that is no proof that such rows never convert."""
+    rng = np.random.default_rng(2)
+    z = rng.normal(-1.5, 0.7, 5000)
+    y = (rng.random(5000) < 1 / (1 + np.exp(-z))).astype(float)
+    y[np.argsort(z)[:60]] = 0
+    low = fit_calibrator("isotonic", z, y).apply(np.array([z.min(), z.min() - 1.0]))
+    assert low[0] > z.min() - 1.0
+    assert low[0] - low[1] == pytest.approx(1.0)
 
 
 @settings(max_examples=25, deadline=None)

@@ -19,6 +19,7 @@ METHODS = ("none", "temperature", "platt", "beta", "isotonic")
 """From the simplest to the most flexible; the order decides ties."""
 
 _NEWTON_STEPS = 30
+_ROWS_A_BIN, _MAX_BINS = 500, 100
 _LIMIT = 16.0  # log-odds beyond it are no information: P = 1e-7
 
 
@@ -125,29 +126,29 @@ def _fit_beta(z: Floats, y: Floats) -> tuple[tuple[float, ...], ...]:
 
 
 def _fit_isotonic(z: Floats, y: Floats) -> tuple[tuple[float, ...], ...]:
-    """Blocks of isotonic regression, each with the rate (converters + 1/2) / (rows + 1).
+    """Isotonic regression of the rates of equal-sized bins: (bin means, calibrated log-odds).
 
-    A block of a few hundred rows without a converter is no evidence for a probability near 0; with the raw
-    rate, a later snapshot that lies below it would pay for that certainty.
+    On single rows it would make a cliff of the few lowest ones, when none of them converted, and later
+    snapshots that lie there would pay for that certainty. Rates are (converters + 1/2) / (rows + 1).
     """
     from sklearn.isotonic import IsotonicRegression
 
-    model = IsotonicRegression(out_of_bounds="clip").fit(z, y)
-    levels = np.unique(model.y_thresholds_)
-    # Within a block the prediction is interpolated between equal values, which may differ in the last digit.
-    block = np.searchsorted(levels, model.predict(z) + 1e-12, side="right") - 1
-    converted = np.bincount(block, weights=y, minlength=len(levels))
-    rows = np.bincount(block, minlength=len(levels))
-    smoothed = (converted + 0.5) / (rows + 1)
-    # Small blocks at the ends are moved most, perhaps past their neighbours: pool once more.
-    rate = IsotonicRegression().fit_transform(levels, smoothed, sample_weight=rows + 1)
-    at = np.searchsorted(levels, model.y_thresholds_)
-    return tuple(map(float, model.X_thresholds_)), tuple(map(float, rate[at]))
+    bins = int(np.clip(len(z) // _ROWS_A_BIN, 2, _MAX_BINS))
+    parts = np.array_split(np.argsort(z, kind="stable"), bins)
+    rows = np.array([len(part) for part in parts])
+    rate = np.array([(y[part].sum() + 0.5) / (len(part) + 1) for part in parts])
+    at = np.array([z[part].mean() for part in parts])
+    p = np.asarray(IsotonicRegression().fit_transform(at, rate, sample_weight=rows))
+    knots, first = np.unique(at, return_index=True)
+    values = (np.log(p) - np.log1p(-p))[first]
+    return tuple(map(float, knots)), tuple(map(float, values))
 
 
 def _apply_isotonic(z: Floats, v: tuple[tuple[float, ...], ...]) -> Floats:
-    p = np.interp(z, v[0], v[1])
-    return np.log(p) - np.log1p(-p)
+    """Straight lines between the knots; beyond them the raw log-odds go on with slope 1."""
+    knots, values = np.array(v[0]), np.array(v[1])
+    beyond = np.minimum(z - knots[0], 0.0) + np.maximum(z - knots[-1], 0.0)
+    return np.interp(z, knots, values) + beyond
 
 
 _FIT: dict[str, Callable[[Floats, Floats], tuple[tuple[float, ...], ...]]] = {
