@@ -319,7 +319,9 @@ def load_campaign(path: Path) -> Campaign:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+        ) from None
     try:
         content = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:

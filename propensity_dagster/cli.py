@@ -54,6 +54,7 @@ def dev(
     port: Annotated[int, typer.Option(help="Port of the UI on 127.0.0.1.")] = 3001,
 ) -> None:
     """Start Dagster's UI and daemon on the home folder; stop with Ctrl-C."""
+    load_campaigns(Path(os.environ.get(_CAMPAIGNS) or SHIPPED))  # a broken file is told here, not in an empty UI
     environment = _environment(None)
     # `python -m` and not the script: a virtual environment need not be activated.
     command = [sys.executable, "-m", "dagster", "dev", "-m", "propensity_dagster.definitions"]

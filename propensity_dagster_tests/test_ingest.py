@@ -185,7 +185,8 @@ def test_too_many_bad_rows_block_and_leave_the_last_good_table(make_shop, engine
     before = validated(shop)
     write_rows(shop.folder / "orders.parquet", [ORDERS[0], order(order_id=9, amount=-1.0)])
     with pytest.raises(
-        DataContractError, match=r"orders: 1 of 2 rows \(50\.0%\) break the contract, max_bad_fraction allows 30\.0%"
+        DataContractError,
+        match=r"orders: 1 of 2 rows \(50\.0%\) break the contract, max_bad_fraction allows 30\.0%\. Reasons: amount: below 0 \(1 rows\)",
     ):
         ingest(shop, engine)
     assert validated(shop) == before

@@ -24,7 +24,7 @@ from propensity_dagster.components.automation import (
     train_job_name,
 )
 from propensity_dagster.components.campaign_folder import campaigns_folder
-from propensity_dagster.data.ingest import days_to_ingest
+from propensity_dagster.data.ingest import days_to_ingest, newest_source_day
 from propensity_dagster.data.sources import campaign_calendar, source_folder
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.features.activity import ACTIVITY
@@ -44,13 +44,16 @@ def run_campaign(campaign: Campaign, runtime: Runtime, defs: dg.Definitions, ins
     """
     source_folder(campaign, runtime.home.ensure())  # makes a synthetic world, with progress
     calendar = campaign_calendar(campaign)
-    yesterday = calendar.last or _yesterday()
-    days = days_to_ingest(campaign, runtime.home, until=yesterday)
+    last = calendar.last
+    if last is None:  # a copy of a log ends some day before today: there the run ends too
+        with runtime.engine() as engine:
+            last = newest_source_day(campaign, runtime.home, engine, until=_yesterday())
+    days = days_to_ingest(campaign, runtime.home, until=last)
     if days is not None:
         _run(defs, instance, ingest_job_name(campaign), tags=range_tags(*days))
     _run(defs, instance, train_job_name(campaign))
     if runtime.store.champion(campaign.name) is None:
-        logger.warning("no champion: the gate refused the first challenger, so there is nothing to score with")
+        logger.warning("no champion: the gate refused the challenger, so there is nothing to score with")
         return
     snapshot = runtime.home.lake(campaign.name).partitions(ACTIVITY, "day")[-1] + timedelta(days=1)
     _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot))

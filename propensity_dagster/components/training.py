@@ -18,6 +18,7 @@ from propensity_dagster.components.common import (
     warning,
     window_dependency,
 )
+from propensity_dagster.data.ingest import newest_event_day
 from propensity_dagster.evaluation.metrics import METRICS
 from propensity_dagster.evaluation.splits import EMBARGO, SnapshotSplit
 from propensity_dagster.features.activity import ACTIVITY
@@ -44,6 +45,7 @@ from propensity_dagster.scoring.promotion import champion_model, promote_if_deci
 FEATURES, MODELS, EVALUATION = "features", "models", "evaluation"
 _EVER = -36_500  # days: lifetime features read the whole history
 _FEW_OUTCOMES = 1_000
+_RECENT_DAYS = 7
 _RATE_LIMITS = (0.001, 0.60)
 
 
@@ -77,6 +79,7 @@ def _features(campaign: Campaign) -> dg.AssetsDefinition:
         check_specs=[
             blocking("one_row_per_entity", asset, "no entity is missing a key or has two rows"),
             blocking("nothing_from_the_future", asset, "every entity was known, and every event older, than t"),
+            warning("events_are_recent", asset, "the newest event ingested is at most a week older than t"),
         ],
         description="Point-in-time features of every eligible entity at the snapshot.",
         kinds={"parquet", "duckdb"},
@@ -87,6 +90,7 @@ def _features(campaign: Campaign) -> dg.AssetsDefinition:
         with runtime.engine() as engine:
             report = publish_features(campaign, snapshots, runtime.home, engine)
             audit = audit_features(campaign, snapshots, runtime.home, engine)
+        age = max((snapshots[-1] - newest_event_day(campaign, runtime.home)).days, 0)
         note_partitions(context, asset, row_counts(report.rows_by_snapshot))
         documentation = runtime.home.reports(campaign.name) / "features.md"
         return dg.MaterializeResult(
@@ -94,6 +98,7 @@ def _features(campaign: Campaign) -> dg.AssetsDefinition:
             check_results=[
                 checked(asset, "one_row_per_entity", audit.repeated == 0, repeated=audit.repeated),
                 checked(asset, "nothing_from_the_future", audit.from_the_future == 0, rows=audit.from_the_future),
+                checked(asset, "events_are_recent", age <= _RECENT_DAYS, warn=True, days_without_events=age),
             ],
         )
 

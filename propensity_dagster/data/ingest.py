@@ -126,6 +126,29 @@ def days_to_ingest(campaign: Campaign, home: Home, *, until: date) -> tuple[date
     return first, last
 
 
+def newest_source_day(campaign: Campaign, home: Home, engine: Engine, *, until: date) -> date:
+    """The newest day up to `until` with an event of the outcome's log in the source.
+
+    Raises:
+        InsufficientDataError: when there is none since the first day.
+    """
+    calendar = campaign_calendar(campaign)
+    name = campaign.outcome.stream
+    stream = campaign.source.streams[name]
+    where = f"{campaign.file}: source.streams.{name}"
+    with reading(where):
+        table = _declared_stream(campaign, name, stream, home, engine)
+        day = coerce.utc_time(table[stream.time], stream.time_format, f"{where}.time").date()
+        inside = table.select(day=day).filter((day >= calendar.first) & (day <= until))
+        newest = engine.arrow(inside.aggregate(day=inside.day.max()))["day"][0].as_py()
+    if newest is None:
+        raise InsufficientDataError(
+            f"{where}: no event between first_day {calendar.first} and {until}; is first_day right, and can "
+            f"the column {stream.time!r} be read as a time (else say time_format)?"
+        )
+    return newest
+
+
 def newest_event_day(campaign: Campaign, home: Home) -> date:
     """The newest day with an event of the outcome's log: labels need nothing newer.
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import ibis
@@ -106,8 +107,10 @@ def validate_stream(
         unplaced=True,
     )
     rows_by_day = dict(zip(days, rows_of_each(files), strict=True))
-    _require_fraction(campaign, name, sum(bad_by_day.values()), sum(rows_by_day.values()))
-    _require_fraction(campaign, name, bad_unplaced, source_rows(lake, name))
+    reasons = _reasons(engine, checked)
+    where = lake.root / f"quarantine_{name}"
+    _require_fraction(campaign, name, sum(bad_by_day.values()), sum(rows_by_day.values()), reasons, where)
+    _require_fraction(campaign, name, bad_unplaced, source_rows(lake, name), reasons, where / f"day={UNPLACED}")
 
     good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0))
     good = good.select("day", *contract.columns)
@@ -118,7 +121,7 @@ def validate_stream(
         good=sum(good_by_day.values()),
         quarantined=sum(bad_by_day.values()) + bad_unplaced,
         duplicates=_duplicates(engine, checked),
-        reasons=_reasons(engine, checked),
+        reasons=reasons,
         good_by_day=good_by_day,
         unplaced=bad_unplaced,
     )
@@ -184,7 +187,8 @@ def validate_entities(campaign: Campaign, home: Home, engine: Engine) -> Validat
     bad = engine.arrow(quarantine.order_by(stable_order(quarantine, [])))
     publish_table(bad, lake.file(f"quarantine_{table_name}"))
     total = pq.read_metadata(lake.file(f"raw_{table_name}")).num_rows
-    _require_fraction(campaign, table_name, bad.num_rows, total)
+    where = lake.file(f"quarantine_{table_name}")
+    _require_fraction(campaign, table_name, bad.num_rows, total, _reasons(engine, checked), where)
     good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0)).select(*contract.columns)
     data = engine.arrow(good.order_by(campaign.key))
     publish_table(data, lake.file(f"validated_{table_name}"))
@@ -311,9 +315,20 @@ def _reasons(engine: Engine, checked: ibis.Table) -> dict[str, int]:
     return {row[REASON]: row["n"] for row in counts.to_pylist()}
 
 
-def _require_fraction(campaign: Campaign, name: str, bad: int, total: int) -> None:
+def _require_fraction(
+    campaign: Campaign, name: str, bad: int, total: int, reasons: dict[str, int], where: Path
+) -> None:
     if total and bad > campaign.max_bad_fraction * total:
         raise DataContractError(
             f"{campaign.file}: {name}: {bad:,} of {total:,} rows ({bad / total:.1%}) break the contract, "
-            f"max_bad_fraction allows {campaign.max_bad_fraction:.1%}; see quarantine_{name} for the reasons"
+            f"max_bad_fraction allows {campaign.max_bad_fraction:.1%}. Reasons: {_most_frequent(reasons)}. "
+            f"The rows are in {where}"
         )
+
+
+def _most_frequent(reasons: dict[str, int]) -> str:
+    """The three most frequent reasons, with what mends the most common mistake."""
+    ranked = sorted(reasons.items(), key=lambda item: -item[1])[:3]
+    words = [f"{reason} ({rows:,} rows)" for reason, rows in ranked]
+    hint = " (say time_format, for example '%d/%m/%Y')" if any(r.endswith(": not a time") for r, _ in ranked) else ""
+    return "; ".join(words) + hint

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import SHIPPED, Campaign
 from propensity_dagster.data.lake import Home
 from propensity_dagster.evaluation.evaluate import ORACLE
 from propensity_dagster.evaluation.value import ContactPlan, plan_contacts
@@ -111,7 +111,12 @@ def _oracle(record: dict[str, Any]) -> list[Text]:
 def _value(campaign: Campaign, home: Home) -> list[Text]:
     found = newest_scores(campaign, home)
     if found is None:
-        return [Text("Nobody was scored: there is no champion.")]
+        return [
+            Text(
+                "Nobody was scored: no model has passed the gate. Look at the criteria above: more history, more "
+                "snapshots or a longer horizon help most; docs/guide.md explains the limits under `gate`."
+            )
+        ]
     snapshot, file = found
     plan = plan_contacts(pq.read_table(file, columns=["probability"])["probability"].to_numpy(), campaign.value)
     return [Text(describe_plan(campaign, snapshot, plan))]
@@ -132,12 +137,14 @@ def describe_plan(campaign: Campaign, snapshot: date, plan: ContactPlan) -> str:
             f"On {snapshot} nobody of {plan.scored:,} is worth a contact: a contact costs "
             f"{value.cost_per_contact:g}, a conversion brings {value.margin_per_conversion:g}."
         )
-    capped = "" if plan.contacted == plan.above_break_even else f" (capacity; {plan.above_break_even:,} would pay)"
+    capped = ""
+    if plan.contacted < plan.above_break_even:
+        capped = f" within the capacity (down to {plan.cut_off:.2%}; {plan.above_break_even:,} would pay)"
     profit, sold = plan.expected_profit, plan.expected_conversions
     return (
-        f"On {snapshot} {plan.contacted:,} of {plan.scored:,} customers are worth contacting{capped}: those above "
-        f"{plan.cut_off:.2%}, where a contact for {value.cost_per_contact:g} earns more than it costs at a margin "
-        f"of {value.margin_per_conversion:g}. Expected: {sold.value:,.0f} conversions "
+        f"On {snapshot} {plan.contacted:,} of {plan.scored:,} customers are worth contacting{capped}: at a margin "
+        f"of {value.margin_per_conversion:g} a contact for {value.cost_per_contact:g} pays above a probability of "
+        f"{plan.break_even_probability:.2%}. Expected: {sold.value:,.0f} conversions "
         f"({sold.low:,.0f} to {sold.high:,.0f}) and a profit of {profit.value:,.0f} "
         f"({profit.low:,.0f} to {profit.high:,.0f}); contacting all would bring "
         f"{plan.profit_of_contacting_all:,.0f}."
@@ -148,13 +155,15 @@ def _where(campaign: Campaign, home: Home) -> Table:
     table = Table(title="Where to look next", title_justify="left", box=None, pad_edge=False, show_header=False)
     found = newest_scores(campaign, home)
     reports = home.reports(campaign.name)
+    shipped = campaign.file.parent == SHIPPED.resolve()
+    own = "" if shipped else f"PROPENSITY_CAMPAIGNS={_short(campaign.file.parent)} "
     rows = [
-        ("lineage, runs, checks", "make dev"),
+        ("lineage, runs, checks", f"{own}make dev"),
         ("scores", _short(found[1]) if found else "none"),
         ("plots", f"{_short(reports)}/*.png"),
         ("every number", _short(reports / "evaluation.json")),
         ("features explained", _short(reports / "features.md")),
-        ("champion", f"propensity champion show {campaign.name}"),
+        ("champion", f"propensity champion show {campaign.name if shipped else _short(campaign.file)}"),
     ]
     for what, where in rows:
         table.add_row(what, where)
