@@ -25,7 +25,7 @@ benchmark: $(STAMP)
 clean:
 	rm -rf $(VENV) .propensity .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-# torch is pinned to a CPU build in constraints.txt; nothing is installed outside the virtual environment.
+# Every version is pinned in constraints.txt; nothing is installed outside the virtual environment.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "error: Python 3.11 is needed, got '$(PYTHON)'; set PYTHON=/path/to/python3.11" >&2; exit 1; }
