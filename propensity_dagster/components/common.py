@@ -16,7 +16,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SOURCE_RETRIES = dg.RetryPolicy(max_retries=3, delay=5, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-RUNTIME = "runtime"
 
 
 def key(campaign: Campaign, table: str) -> dg.AssetKey:
@@ -96,6 +95,16 @@ def note_partitions(
 def row_counts(counts: Mapping[date, int], name: str = "rows") -> dict[date, dict[str, Any]]:
     """Metadata of row counts per partition."""
     return {day: {name: count} for day, count in counts.items()}
+
+
+def column_schema(contract: Any) -> dg.TableSchema:
+    """The columns of a table as its pandera schema states them."""
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(name, type=str(column.dtype), description=column.description)
+            for name, column in contract.columns.items()
+        ]
+    )
 
 
 def records_table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:

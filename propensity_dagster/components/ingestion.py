@@ -7,6 +7,7 @@ from propensity_dagster.components.common import (
     SOURCE_RETRIES,
     blocking,
     checked,
+    column_schema,
     daily,
     key,
     note_partitions,
@@ -204,10 +205,6 @@ def _contract_checks(asset: dg.AssetKey) -> list[dg.AssetCheckSpec]:
 def _validation_result(
     campaign: Campaign, asset: dg.AssetKey, report: ValidationReport, broken: int, schema: object
 ) -> dg.MaterializeResult:
-    columns = [
-        dg.TableColumn(name, type=str(column.dtype), description=column.description)
-        for name, column in schema.columns.items()  # type: ignore[attr-defined]
-    ]
     reasons = [{"reason": reason, "rows": rows} for reason, rows in report.reasons.items()]
     bad = report.bad_fraction
     return dg.MaterializeResult(
@@ -217,7 +214,7 @@ def _validation_result(
             "quarantined": report.quarantined,
             "duplicates": report.duplicates,
             "bad_fraction": bad,
-            "dagster/column_schema": dg.TableSchema(columns=columns),
+            "dagster/column_schema": column_schema(schema),
             **({"quarantine_reasons": records_table(reasons)} if reasons else {}),
         },
         check_results=[

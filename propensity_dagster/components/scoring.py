@@ -8,6 +8,7 @@ from propensity_dagster.campaign import Campaign
 from propensity_dagster.components.common import (
     blocking,
     checked,
+    column_schema,
     daily,
     key,
     note_partitions,
@@ -54,14 +55,10 @@ def scoring_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
                 broken += score_violations(campaign, snapshot, runtime.home, engine)
         rows = {d: {"rows": r.rows, "mean_probability": r.mean_probability} for d, r in reports.items()}
         note_partitions(context, asset, rows)
-        columns = [
-            dg.TableColumn(name, type=str(column.dtype), description=column.description)
-            for name, column in scores_contract(campaign).columns.items()
-        ]
         lost = sum(abs(r.rows_in - r.rows) for r in reports.values())
         constant = [str(d) for d, r in reports.items() if r.constant]
         return dg.MaterializeResult(
-            metadata={"model_version": version, "dagster/column_schema": dg.TableSchema(columns=columns)},
+            metadata={"model_version": version, "dagster/column_schema": column_schema(scores_contract(campaign))},
             check_results=[
                 checked(asset, "rows_in_equal_rows_out", lost == 0, lost=lost),
                 checked(asset, "contract", broken == 0, rows_that_break_it=broken),

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 REASON = "reason"
 
 _TRANSLATIONS: Mapping[str, tuple[Callable[[Any, Any], Any], str]] = {
-    "greater_than_or_equal_to": (lambda column, s: column >= _literal(s["min_value"]), "below {min_value}"),
-    "less_than_or_equal_to": (lambda column, s: column <= _literal(s["max_value"]), "above {max_value}"),
-    "less_than": (lambda column, s: column < _literal(s["max_value"]), "at or after {max_value}"),
+    "greater_than_or_equal_to": (lambda column, s: column >= s["min_value"], "below {min_value}"),
+    "less_than_or_equal_to": (lambda column, s: column <= s["max_value"], "above {max_value}"),
+    "less_than": (lambda column, s: column < s["max_value"], "at or after {max_value}"),
     "isin": (lambda column, s: column.isin(list(s["allowed_values"])), "not one of {allowed_values}"),
 }
 
@@ -61,10 +61,6 @@ def count_violations(table: ir.Table, contract: "pa.DataFrameSchema") -> ir.Inte
     unique = [name for name, column in contract.columns.items() if column.unique]
     repeated = [table.count() - table[name].nunique() - table[name].isnull().sum().fill_null(0) for name in unique]
     return reduce(lambda total, more: total + more, repeated, bad)
-
-
-def _literal(value: Any) -> Any:
-    return ibis.literal(value)
 
 
 def _type_name(column: Any) -> str:

@@ -50,7 +50,6 @@ def build_activity(campaign: Campaign, first: date, last: date, home: Home, engi
     days = days_between(first, last)
     events = {name: engine.read(lake.existing_days(f"validated_{name}", days)) for name in campaign.source.streams}
     activity = engine.cache(daily_activity(campaign, events, engine))
-    keys = [campaign.key, "day", "known_day"]
     rows, _ = publish_days(
         engine.batches(activity.order_by(["day", campaign.key, "known_day"])),
         days,
@@ -71,7 +70,7 @@ def build_activity(campaign: Campaign, first: date, last: date, home: Home, engi
         int(engine.arrow(_one_row_an_event(campaign, n, t).aggregate(n=ibis._.count()))["n"][0].as_py())
         for n, t in events.items()
     )
-    logger.info("activity: %s rows (%s) from %s events", f"{sum(rows.values()):,}", ", ".join(keys), f"{read:,}")
+    logger.info("activity: %s rows from %s events", f"{sum(rows.values()):,}", f"{read:,}")
     return ActivityReport(sum(rows.values()), counted, read, rows)
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.lake import Home, publish_table, publish_text
+from propensity_dagster.data.lake import ROW_GROUP, Home, publish_table, publish_text, publishing
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import InsufficientDataError
 from propensity_dagster.evaluation.splits import (
@@ -185,8 +185,6 @@ def _require_both_outcomes(campaign: Campaign, plan: list[SnapshotSplit], labels
 
 def _join(campaign: Campaign, plan: list[SnapshotSplit], home: Home, engine: Engine) -> None:
     """One file sorted by snapshot and key, written snapshot by snapshot: memory holds one at a time."""
-    from propensity_dagster.data.lake import ROW_GROUP, publishing
-
     lake = home.lake(campaign.name)
     with publishing(lake.file(TRAINING_SET)) as temporary:
         writer: Any = None

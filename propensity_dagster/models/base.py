@@ -84,11 +84,6 @@ class RfmColumns:
         return [self.recency, self.frequency, *([self.monetary] if self.monetary else [])]
 
 
-def column_of(X: Floats, contract: FeatureContract, name: str) -> Floats:
-    """One feature's column of a matrix."""
-    return X[:, contract.names.index(name)]
-
-
 def clipped_logit(p: Floats | float) -> Floats:
     """Log-odds of probabilities kept away from 0 and 1 by 1e-9."""
     safe = np.clip(p, 1e-9, 1 - 1e-9)
