@@ -8,19 +8,20 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
 from numpy.typing import NDArray
 
-from propensity_dagster.campaign import SYNTHETIC_SCHEME
+from propensity_dagster.campaign_sections import SYNTHETIC_SCHEME
 from propensity_dagster.errors import ConfigError
-from propensity_dagster.synthetic import ecommerce
 from propensity_dagster.synthetic.world import WorldConfig
 
-_WORLDS = {"ecommerce": ecommerce}
+_WORLDS = ("ecommerce", "saas", "bank", "outreach")
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,18 @@ class SyntheticWorld:
     folder: Path
 
     @property
+    def _module(self) -> ModuleType:
+        return import_module(f"propensity_dagster.synthetic.{self.name}")
+
+    @property
     def tables(self) -> Path:
         """Folder of the tables a campaign reads."""
         return self.folder / "tables"
+
+    @property
+    def outcome_table(self) -> str:
+        """The table whose rows the true probabilities are about."""
+        return self._module.OUTCOME_TABLE
 
     def ensure(self) -> None:
         """Generate the world unless it is complete on disk. Published by one rename, so never half there."""
@@ -43,14 +53,27 @@ class SyntheticWorld:
         staging = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
         shutil.rmtree(staging, ignore_errors=True)
         (staging / "oracle").mkdir(parents=True)
-        _WORLDS[self.name].generate(self.config, staging / "tables", staging / "oracle")
+        self._module.generate(self.config, staging / "tables", staging / "oracle")
         described = {**asdict(self.config), "first_day": str(self.config.first_day)}
         (staging / "world.json").write_text(json.dumps(described, indent=1))
         staging.rename(self.folder)
 
     def true_probability(self, snapshot: date, horizon_days: int) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
-        """Keys and true P(at least one order in [snapshot, snapshot + horizon)) given the latent state."""
-        return _WORLDS[self.name].true_probability(self.config, self.folder / "oracle", snapshot, horizon_days)
+        """Keys and true P(at least one row of `outcome_table` in [snapshot, snapshot + horizon)), given the latents."""
+        return self._module.true_probability(self.config, self.folder / "oracle", snapshot, horizon_days)
+
+    def true_effect(
+        self, snapshot: date, horizon_days: int
+    ) -> tuple[NDArray[np.str_], NDArray[np.float64], NDArray[np.float64]]:
+        """Keys, and the same probability if treated and if not; only of a world with a randomised treatment.
+
+        Raises:
+            ConfigError: for a world without one.
+        """
+        effect = getattr(self._module, "true_effect", None)
+        if effect is None:
+            raise ConfigError(f"synthetic://{self.name} has no treatment: its true effect is not defined")
+        return effect(self.config, self.folder / "oracle", snapshot, horizon_days)
 
 
 def is_synthetic(connection: str) -> bool:

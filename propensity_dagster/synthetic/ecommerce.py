@@ -25,7 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from propensity_dagster.synthetic.world import FAR_FUTURE, WorldConfig, day_times, write_day
+from propensity_dagster.synthetic.world import (
+    WorldConfig,
+    day_times,
+    dirty_rows,
+    key_column,
+    time_column,
+    write_day,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +51,10 @@ CATEGORIES = np.array(["fashion", "home", "sports", "beauty", "toys", "electroni
 _CATEGORY_SHARE = np.array([0.30, 0.20, 0.16, 0.14, 0.12, 0.08])
 _WEEKDAY = np.array([1.02, 0.98, 0.96, 0.97, 0.95, 1.03, 1.09])
 
+OUTCOME_TABLE = "orders"
+
 _DAYS_BEFORE = 720  # sign-ups reach this far back before the first day
 _CLICK_BOOST = 1.5
-_DIRTY_SHARE = 0.003
 _TYPICAL_CONVERSION = 0.008
 
 
@@ -223,27 +231,6 @@ def _write_day(
     return next_order + len(buyers)
 
 
-def _dirty(rng: np.random.Generator, size: int, kinds: int) -> list[Ints]:
-    """For each kind of dirt, the rows that get it; no row gets two."""
-    chosen = rng.permutation(size)[: rng.poisson(_DIRTY_SHARE * size)]
-    kind = rng.integers(0, kinds, len(chosen))
-    return [chosen[kind == k] for k in range(kinds)]
-
-
-def _keys(customers: Ints, missing: Ints) -> pa.Array:
-    mask = np.zeros(len(customers), dtype=bool)
-    mask[missing] = True
-    return pa.array(customers + 1, mask=mask)
-
-
-def _times(times: NDArray[np.datetime64], missing: Ints, future: Ints) -> pa.Array:
-    times = times.copy()
-    times[future] = FAR_FUTURE
-    mask = np.zeros(len(times), dtype=bool)
-    mask[missing] = True
-    return pa.array(times, mask=mask)
-
-
 def _write_orders(
     latents: Latents,
     folder: Path,
@@ -258,7 +245,7 @@ def _write_orders(
     other = rng.choice(len(CATEGORIES), len(buyers), p=_CATEGORY_SHARE)
     categories = CATEGORIES[np.where(loyal, latents.favourite[buyers], other)]
     ids = np.arange(next_order, next_order + len(buyers))
-    no_key, no_time, future, negative, infinite, twice, same_id = _dirty(rng, len(buyers), 7)
+    no_key, no_time, future, negative, infinite, twice, same_id = dirty_rows(rng, len(buyers), 7)
     # Bad rows come on top of the good ones, as a faulty writer would add them: the truth stays the truth.
     bad = np.concatenate([no_key, no_time, future, negative, infinite, twice, same_id])
     rows = np.concatenate([np.arange(len(buyers)), bad])
@@ -274,8 +261,8 @@ def _write_orders(
         day,
         {
             "order_id": pa.array(ids[rows]),
-            "customer_id": _keys(buyers[rows], spans[0]),
-            "ordered_at": _times(times[rows], spans[1], spans[2]),
+            "customer_id": key_column(buyers[rows], spans[0]),
+            "ordered_at": time_column(times[rows], spans[1], spans[2]),
             "amount": pa.array(values),
             "category": pa.array(categories[rows]),
         },
@@ -296,7 +283,7 @@ def _write_visits(
     depth = 2.5 * latents.conversion[visitors] / _TYPICAL_CONVERSION
     pages = 1 + rng.poisson(depth + 3 * buys)
     seconds = np.round(pages * rng.lognormal(3.0, 0.6, n)).astype(np.int64)
-    no_key, no_time, negative, twice = _dirty(rng, n, 4)
+    no_key, no_time, negative, twice = dirty_rows(rng, n, 4)
     rows = np.concatenate([np.arange(n), no_key, no_time, negative, twice])
     at = np.cumsum([n, len(no_key), len(no_time), len(negative)])
     shown = pages[rows]
@@ -305,8 +292,8 @@ def _write_visits(
         folder,
         day,
         {
-            "customer_id": _keys(visitors[rows], np.arange(at[0], at[1])),
-            "visited_at": _times(times[rows], np.arange(at[1], at[2]), np.arange(0)),
+            "customer_id": key_column(visitors[rows], np.arange(at[0], at[1])),
+            "visited_at": time_column(times[rows], np.arange(at[1], at[2]), np.arange(0)),
             "pages": pa.array(shown),
             "seconds": pa.array(seconds[rows]),
         },
@@ -317,7 +304,7 @@ def _write_emails(folder: Path, day: date, mailed: Ints, opened: Ints, clicked: 
     customers = np.concatenate([mailed, opened, clicked])
     events = np.repeat(["sent", "open", "click"], [len(mailed), len(opened), len(clicked)])
     n = len(customers)
-    no_key, unknown, twice = _dirty(rng, n, 3)
+    no_key, unknown, twice = dirty_rows(rng, n, 3)
     rows = np.concatenate([np.arange(n), no_key, unknown, twice])
     shown = events[rows].astype(object)
     shown[n + len(no_key) : n + len(no_key) + len(unknown)] = "bounced"
@@ -326,7 +313,7 @@ def _write_emails(folder: Path, day: date, mailed: Ints, opened: Ints, clicked: 
         folder,
         day,
         {
-            "customer_id": _keys(customers[rows], np.arange(n, n + len(no_key))),
+            "customer_id": key_column(customers[rows], np.arange(n, n + len(no_key))),
             "sent_at": pa.array(times[rows]),
             "event": pa.array(shown, pa.string()),
         },
@@ -350,4 +337,4 @@ def _write_customers(config: WorldConfig, latents: Latents, file: Path, rng: np.
         writer.writerow([n + 2, "2024-06-01T10:00:00", 999, "GB", "direct"])
         writer.writerow([n + 3, "2024-06-02T10:00:00", "thirty", "NL", "direct"])
         writer.writerow([1, "2025-08-30T10:00:00", 31, "FR", "social"])
-        writer.writerow([column[1] for column in columns])
+        writer.writerow([column[-1] for column in columns])

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 EPOCH = date(1970, 1, 1)
 MICROSECONDS_PER_DAY = 86_400_000_000
-FAR_FUTURE = np.datetime64("2099-12-31T12:00:00", "us")
+_DIRTY_SHARE = 0.003
+_FAR_FUTURE = np.datetime64("2099-12-31T12:00:00", "us")
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,26 @@ def write_day(folder: Path, day: date, columns: dict[str, pa.Array]) -> None:
     """Write one day's rows of a table."""
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), folder / f"{day}.parquet", compression="zstd")
+
+
+def dirty_rows(rng: np.random.Generator, size: int, kinds: int) -> list[NDArray[np.int64]]:
+    """For each kind of dirt, the rows that get it; no row gets two."""
+    chosen = rng.permutation(size)[: rng.poisson(_DIRTY_SHARE * size)]
+    kind = rng.integers(0, kinds, len(chosen))
+    return [chosen[kind == k] for k in range(kinds)]
+
+
+def key_column(entities: NDArray[np.int64], missing: NDArray[np.int64]) -> pa.Array:
+    """Keys 1, 2, ... of entity numbers 0, 1, ...; the rows `missing` have none."""
+    mask = np.zeros(len(entities), dtype=bool)
+    mask[missing] = True
+    return pa.array(entities + 1, mask=mask)
+
+
+def time_column(times: NDArray[np.datetime64], missing: NDArray[np.int64], future: NDArray[np.int64]) -> pa.Array:
+    """Instants; the rows `missing` have none, the rows `future` lie far ahead."""
+    times = times.copy()
+    times[future] = _FAR_FUTURE
+    mask = np.zeros(len(times), dtype=bool)
+    mask[missing] = True
+    return pa.array(times, mask=mask)
