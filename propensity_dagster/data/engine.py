@@ -5,7 +5,7 @@ A DuckDB file locks out every other process, readers too, so the lake is parquet
 
 import os
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow as pa
 from ibis.backends.duckdb import Backend
 
 from propensity_dagster.data.lake import publishing
-from propensity_dagster.errors import StorageError
+from propensity_dagster.errors import SourceError, StorageError
 
 _SQL_TYPES = {
     "int8": "TINYINT",
@@ -41,9 +41,42 @@ def _variable(variable: str) -> dt.int32:  # pyright: ignore
 
 @dataclass(frozen=True)
 class Engine:
-    """An Ibis backend with the lake's conventions: UTC, exact types, atomic writes."""
+    """An Ibis backend with the lake's conventions: UTC, exact types, atomic writes.
+
+    Attributes:
+        backend: DuckDB in memory.
+        scratch: a folder that lives as long as the engine.
+        databases: connections to sources, closed with the engine.
+        files: source files that are read, with size and time.
+    """
 
     backend: Backend
+    scratch: Path
+    databases: dict[str, Any]
+    files: dict[Path, tuple[int, int]]
+
+    def note_files(self, files: Sequence[Path]) -> None:
+        """Remember what these source files look like now, before they are read."""
+        self.files.update({file: _mark(file) for file in files})
+
+    @contextmanager
+    def unchanged_files(self) -> Generator[None]:
+        """Source files that are read inside must not be written to meanwhile: their rows may be of two minds.
+
+        Raises:
+            SourceError: naming the file; another attempt reads it anew.
+        """
+        self.files.clear()
+        yield
+        for file, mark in self.files.items():
+            if not file.exists() or _mark(file) != mark:
+                raise SourceError(f"{file}: it changed while it was read")
+
+    def database(self, connection: str, connect: Callable[[], Any]) -> Any:
+        """The open connection of that name, made when it is asked for first."""
+        if connection not in self.databases:
+            self.databases[connection] = connect()
+        return self.databases[connection]
 
     def read(self, files: Path | Sequence[Path]) -> ibis.Table:
         """A table over parquet files of one schema."""
@@ -88,6 +121,10 @@ class Engine:
                 f"COPY ({query}) TO '{_quoted(temporary)}' (FORMAT PARQUET, COMPRESSION zstd, ROW_GROUP_SIZE 122880)"
             )
 
+    def run_query(self, query: str) -> pa.Table:
+        """The rows of a prepared query."""
+        return self.backend.raw_sql(query).to_arrow_table()
+
     def day_variable(self) -> Any:
         """An integer expression whose value `set_day` gives when a prepared query runs.
 
@@ -116,14 +153,17 @@ def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Generator
     """A DuckDB engine bounded to `memory_gb`; what does not fit is spilled to a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="propensity-spill-") as spill:
         backend = ibis.duckdb.connect()
+        databases: dict[str, Any] = {}
         try:
             backend.raw_sql(f"SET temp_directory = '{_quoted(spill)}'")
             backend.raw_sql(f"SET memory_limit = '{memory_gb}GB'")
             backend.raw_sql(f"SET threads = {threads or os.cpu_count() or 1}")
             backend.raw_sql("SET TimeZone = 'UTC'")
             backend.raw_sql("SET enable_progress_bar = false")
-            yield Engine(backend)
+            yield Engine(backend, Path(spill), databases, {})
         finally:
+            for database in databases.values():
+                database.disconnect()
             backend.disconnect()
 
 
@@ -135,6 +175,11 @@ def _disk_errors(file: Path) -> Generator[None]:
         yield
     except duckdb.IOException as error:
         raise StorageError(f"{file}: cannot be written: {error}") from None
+
+
+def _mark(file: Path) -> tuple[int, int]:
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _quoted(path: Path | str) -> str:

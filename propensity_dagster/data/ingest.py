@@ -12,16 +12,19 @@ import json
 import logging
 from dataclasses import dataclass
 from datetime import date, timedelta
+from typing import Any
 
 import ibis
 import pyarrow.parquet as pq
 
-from propensity_dagster.campaign import Campaign, Stream
+from propensity_dagster.campaign import EventCampaign
+from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.data import coerce
+from propensity_dagster.data.connections import reading
 from propensity_dagster.data.days import day_index, days_between, publish_days, stable_order, stored_rows
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home, Lake, publish_table, publish_text
-from propensity_dagster.data.sources import campaign_calendar, open_table, reading, select_declared
+from propensity_dagster.data.sources import SourceTable, TimeRange, campaign_calendar, open_table, select_declared
 from propensity_dagster.errors import DataContractError, InsufficientDataError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ class RawReport:
     rows_by_day: dict[date, int]
 
 
-def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine) -> RawReport:
+def ingest_stream(campaign: EventCampaign, name: str, first: date, last: date, home: Home, engine: Engine) -> RawReport:
     """Copy the declared columns of one event log for these days into `raw_<name>`, one file a day.
 
     Raises:
@@ -50,18 +53,18 @@ def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: 
     lake = home.lake(campaign.name)
     calendar = campaign_calendar(campaign)
 
-    with reading(f"{campaign.file}: {where}"):
-        table = _declared_stream(campaign, name, stream, home, engine)
+    with reading(f"{campaign.file}: {where}"), engine.unchanged_files():
+        within = TimeRange(stream.time, first, last, calendar)
+        source, table = declared_stream(campaign, name, stream, home, engine, within)
         time = coerce.utc_time(table[stream.time], stream.time_format, f"{campaign.file}: {where}.time")
         zone = "naive, taken as UTC" if coerce.is_naive(table[stream.time].type(), stream.time_format) else "to UTC"
         day = coerce.day_number(time)
-        newest = calendar.last or date.today()
-        inside = (day >= day_index(calendar.first)) & (day <= day_index(newest))
+        inside = (day >= day_index(calendar.first)) & (day <= day_index(calendar.newest))
         placed = table.mutate(day=ibis.ifelse(inside, day, ibis.null().cast("int32")))
         wanted = placed.day.isnull() | ((placed.day >= day_index(first)) & (placed.day <= day_index(last)))
         ordered = placed.filter(wanted).order_by([placed.day.asc(nulls_first=False), *stable_order(placed, ["day"])])
         before = stored_rows([lake.partition(f"raw_{name}", "day", d) for d in days_between(first, last)])
-        if not _note_source_rows(lake, name, engine, table):
+        if not _note_source_rows(lake, name, engine, source.table if source.remote else table):
             raise InsufficientDataError(
                 f"{campaign.file}: {where}: table {stream.table!r} has no rows that pass its filter"
             )
@@ -85,7 +88,7 @@ def ingest_stream(campaign: Campaign, name: str, first: date, last: date, home: 
     return report
 
 
-def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport:
+def ingest_entities(campaign: EventCampaign, home: Home, engine: Engine) -> RawReport:
     """Copy the declared columns of the customer table into `raw_<table>`.
 
     Raises:
@@ -95,8 +98,9 @@ def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport
     table_name = require_entity_table(campaign)
 
     with reading(f"{campaign.file}: source.entities"):
-        table = _declared_entities(campaign, home, engine)
-        data = engine.arrow(table.order_by(stable_order(table, [])))
+        with engine.unchanged_files():
+            table = declared_entities(campaign, home, engine)
+            data = engine.arrow(table.order_by(stable_order(table, [])))
         if data.num_rows == 0:
             raise InsufficientDataError(
                 f"{campaign.file}: source.entities: table {table_name!r} has no rows that pass its filter"
@@ -108,7 +112,7 @@ def ingest_entities(campaign: Campaign, home: Home, engine: Engine) -> RawReport
     return report
 
 
-def days_to_ingest(campaign: Campaign, home: Home, *, until: date) -> tuple[date, date] | None:
+def days_to_ingest(campaign: EventCampaign, home: Home, *, until: date) -> tuple[date, date] | None:
     """First and last event day that a nightly ingestion up to `until` should read, or None when none is new.
 
     Days that late events may still reach are read again.
@@ -126,7 +130,7 @@ def days_to_ingest(campaign: Campaign, home: Home, *, until: date) -> tuple[date
     return first, last
 
 
-def newest_source_day(campaign: Campaign, home: Home, engine: Engine, *, until: date) -> date:
+def newest_source_day(campaign: EventCampaign, home: Home, engine: Engine, *, until: date) -> date:
     """The newest day up to `until` with an event of the outcome's log in the source.
 
     Raises:
@@ -137,10 +141,15 @@ def newest_source_day(campaign: Campaign, home: Home, engine: Engine, *, until: 
     stream = campaign.source.streams[name]
     where = f"{campaign.file}: source.streams.{name}"
     with reading(where):
-        table = _declared_stream(campaign, name, stream, home, engine)
-        day = coerce.utc_time(table[stream.time], stream.time_format, f"{where}.time").date()
+        source = open_table(campaign, stream.table, [stream.time], home, engine)
+        kind = source.table[stream.time].type() if stream.time in source.columns else None
+        if source.remote and kind is not None and (kind.is_timestamp() or kind.is_date()):
+            table, day = source.table, source.table[stream.time].date()
+        else:
+            _, table = declared_stream(campaign, name, stream, home, engine)
+            day = coerce.utc_time(table[stream.time], stream.time_format, f"{where}.time").date()
         inside = table.select(day=day).filter((day >= calendar.first) & (day <= until))
-        newest = engine.arrow(inside.aggregate(day=inside.day.max()))["day"][0].as_py()
+        newest = _scalar(engine, inside.aggregate(value=inside.day.max()))
     if newest is None:
         raise InsufficientDataError(
             f"{where}: no event between first_day {calendar.first} and {until}; is first_day right, and can "
@@ -149,7 +158,7 @@ def newest_source_day(campaign: Campaign, home: Home, engine: Engine, *, until: 
     return newest
 
 
-def newest_event_day(campaign: Campaign, home: Home) -> date:
+def newest_event_day(campaign: EventCampaign, home: Home) -> date:
     """The newest day with an event of the outcome's log: labels need nothing newer.
 
     Raises:
@@ -163,7 +172,10 @@ def newest_event_day(campaign: Campaign, home: Home) -> date:
     raise InsufficientDataError(f"{campaign.file}: {table} holds no event: ingest the event logs first")
 
 
-def _declared_stream(campaign: Campaign, name: str, stream: Stream, home: Home, engine: Engine) -> ibis.Table:
+def declared_stream(
+    campaign: EventCampaign, name: str, stream: Stream, home: Home, engine: Engine, within: TimeRange | None = None
+) -> tuple[SourceTable, ibis.Table]:
+    """The table as it is in the source, and its declared columns in the engine."""
     key = stream.key or campaign.key
     optional = [stream.id, stream.amount, stream.type, stream.ingested_at]
     text = [
@@ -175,11 +187,13 @@ def _declared_stream(campaign: Campaign, name: str, stream: Stream, home: Home, 
     declared = [key, stream.time, *(c for c in optional if c), *stream.measures, *stream.categories]
     if campaign.source.entities.stream == name:
         declared += list(campaign.source.entities.attributes)
-    table = open_table(campaign, stream.table, text, home, engine)
-    return select_declared(campaign, f"source.streams.{name}", table, engine, declared, stream.derive, stream.where)
+    source = open_table(campaign, stream.table, text, home, engine)
+    where = f"source.streams.{name}"
+    return source, select_declared(campaign, where, source, engine, declared, stream.derive, stream.where, within)
 
 
-def _declared_entities(campaign: Campaign, home: Home, engine: Engine) -> ibis.Table:
+def declared_entities(campaign: EventCampaign, home: Home, engine: Engine) -> ibis.Table:
+    """The declared columns of the customer table, in the engine."""
     entities = campaign.source.entities
     categories = [n for n, a in entities.attributes.items() if a.type == "category"]
     created_at = entities.created_at or ""
@@ -190,9 +204,16 @@ def _declared_entities(campaign: Campaign, home: Home, engine: Engine) -> ibis.T
 
 def _note_source_rows(lake: Lake, name: str, engine: Engine, table: ibis.Table) -> int:
     """Rows without a day belong to no run in particular: their share is judged against the whole log."""
-    rows = engine.arrow(table.aggregate(rows=table.count())).to_pylist()[0]
-    publish_text(json.dumps(rows), lake.root / f"raw_{name}" / "source.json")
-    return rows["rows"]
+    rows = int(_scalar(engine, table.aggregate(value=table.count())))
+    publish_text(json.dumps({"rows": rows}), lake.root / f"raw_{name}" / "source.json")
+    return rows
+
+
+def _scalar(engine: Engine, one: ibis.Table) -> Any:
+    """The column `value` of a table of one row, wherever it is."""
+    if one.get_backend() is engine.backend:
+        return engine.arrow(one)["value"][0].as_py()
+    return one.to_pyarrow()["value"][0].as_py()
 
 
 def source_rows(lake: Lake, name: str) -> int:
@@ -200,7 +221,7 @@ def source_rows(lake: Lake, name: str) -> int:
     return json.loads((lake.root / f"raw_{name}" / "source.json").read_text(encoding="utf-8"))["rows"]
 
 
-def require_entity_table(campaign: Campaign) -> str:
+def require_entity_table(campaign: EventCampaign) -> str:
     """Name of the customer table.
 
     Raises:

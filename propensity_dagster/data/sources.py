@@ -1,54 +1,97 @@
 """Opening a campaign's source and reading its declared columns. Belongs here: nothing about contracts.
 
-A connection is a folder of parquet or CSV files (`orders.parquet`, `orders.csv`, or a folder `orders/`),
-`duckdb://file.duckdb`, or `synthetic://world`.
+Whatever the source is, its declared columns end up as a table of the engine, where every expression of the
+campaign file is computed: equal data give equal results from every kind of source.
 """
 
 # Ibis does not type the arithmetic of columns.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
+import csv
 import difflib
-import os
-import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
-import duckdb
 import ibis
+import pyarrow.parquet as pq
 import sqlglot
 import sqlglot.expressions as sge
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
+from propensity_dagster.campaign_sections import Csv
 from propensity_dagster.data import coerce
+from propensity_dagster.data.connections import (
+    POSTGRES,
+    database_table,
+    is_database,
+    reading,
+    require_known_scheme,
+    resolve_path,
+    source_connection,
+)
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
-from propensity_dagster.errors import ConfigError, DataContractError, SourceError
+from propensity_dagster.errors import ConfigError, DataContractError
 from propensity_dagster.synthetic import is_synthetic, open_world
 
-_DUCKDB = "duckdb://"
+_SAMPLE_BYTES = 1 << 20
+_FETCH_ROWS = 65_536
+_DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Calendar:
-    """The event days a campaign covers, both inclusive. `last` is None while the log goes on."""
+    """The days a campaign covers, both inclusive. `last` is None while they go on."""
 
     first: date
     last: date | None
 
+    @property
+    def newest(self) -> date:
+        """The last day, or today."""
+        return self.last or date.today()
+
+
+@dataclass(frozen=True)
+class TimeRange:
+    """Which rows an incremental read wants: `column` within these days, or not within the calendar at all."""
+
+    column: str
+    first: date
+    last: date
+    calendar: Calendar
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """A table of the source. `remote` ones live in another database; the others in the engine."""
+
+    table: ibis.Table
+    remote: bool
+    read_csv: Callable[[Path, dict[str, str]], ibis.Table]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of its columns."""
+        return list(self.table.columns)
+
 
 def campaign_calendar(campaign: Campaign) -> Calendar:
-    """First and last event day, from the file or from the synthetic world."""
+    """First and last day, from the file or from the synthetic world."""
     source = campaign.source
-    if is_synthetic(source.connection):
-        config = open_world(source.connection, Path()).config
-        return Calendar(source.first_day or config.first_day, source.last_day or config.last_day)
+    if isinstance(campaign, TableCampaign):
+        return Calendar(campaign.source.first_day, None)
+    if isinstance(campaign, EventCampaign) and is_synthetic(campaign.source.connection):
+        config = open_world(campaign.source.connection, Path()).config
+        return Calendar(source.first_day or config.first_day, campaign.source.last_day or config.last_day)
     if source.first_day is None:
         raise ConfigError(f"{campaign.file}: source.first_day is required")
-    return Calendar(source.first_day, source.last_day)
+    return Calendar(source.first_day, getattr(source, "last_day", None))
 
 
 def source_folder(campaign: Campaign, home: Home) -> Path | None:
@@ -57,69 +100,106 @@ def source_folder(campaign: Campaign, home: Home) -> Path | None:
     Raises:
         ConfigError: when the folder is not there.
     """
-    connection = expand_variables(campaign)
+    connection = source_connection(campaign)
+    require_known_scheme(campaign, "source.connection", connection)
     if is_synthetic(connection):
         world = open_world(connection, home.synthetic)
         home.synthetic.mkdir(parents=True, exist_ok=True)
         world.ensure()
         return world.tables
-    if connection.startswith(_DUCKDB):
-        return None
-    if "://" in connection:
-        raise ConfigError(
-            f"{campaign.file}: source.connection: unknown kind {connection.partition('://')[0]!r}; allowed are "
-            "a folder of parquet or CSV files, duckdb:// and synthetic://"
-        )
-    return _resolve(campaign, connection)
+    return None if is_database(connection) else resolve_path(campaign, "source.connection", connection)
 
 
-def open_table(campaign: Campaign, table: str, as_text: Sequence[str], home: Home, engine: Engine) -> ibis.Table:
-    """A declared table of the source, as it is; in CSV files the columns `as_text` are not interpreted.
+def open_table(campaign: Campaign, table: str, as_text: Sequence[str], home: Home, engine: Engine) -> SourceTable:
+    """A table of the source, as it is; in files without types the columns `as_text` are not interpreted.
 
     Raises:
         ConfigError: when it is not there.
+        DataContractError: when two of its columns differ only in case.
         SourceError: when it cannot be read.
     """
     folder = source_folder(campaign, home)
     with reading(f"{campaign.file}: table {table!r}"):
         if folder is not None:
-            return _open_files(campaign, folder, table, as_text, engine)
-        path = _resolve(campaign, expand_variables(campaign).removeprefix(_DUCKDB))
-        return _open_duckdb(campaign, path, table, engine)
+            return open_files(campaign, _files_of(campaign, folder, table), as_text, engine)
+        connection = source_connection(campaign)
+        found = database_table(campaign, "source.connection", connection, table, engine)
+        _require_distinct_names(f"{campaign.file}: table {table!r}", list(found.columns))
+        return _database_source(found, connection, as_text, engine)
+
+
+def open_place(campaign: TableCampaign, place: str, as_text: Sequence[str], home: Home, engine: Engine) -> SourceTable:
+    """A file, a folder of files, or a table of the source's connection."""
+    source = campaign.source
+    if source.table is not None and "/" not in place and not place.endswith((".csv", ".parquet")):
+        return open_table(campaign, place, as_text, home, engine)
+    path = resolve_path(campaign, "rows to score", place)
+    with reading(f"{campaign.file}: {path}"):
+        return open_files(campaign, files_in(path), as_text, engine)
+
+
+def open_decisions(campaign: TableCampaign, as_text: Sequence[str], home: Home, engine: Engine) -> SourceTable:
+    """The table of past decisions: its path, or a table of a connection."""
+    source = campaign.source
+    if source.table is not None:
+        return open_table(campaign, source.table, as_text, home, engine)
+    path = source_folder(campaign, home)
+    assert path is not None, "a path names files"
+    with reading(f"{campaign.file}: {path}"):
+        return open_files(campaign, files_in(path), as_text, engine)
+
+
+def open_files(campaign: Campaign, files: list[Path], as_text: Sequence[str], engine: Engine) -> SourceTable:
+    """Parquet or CSV files of one table.
+
+    Raises:
+        ConfigError: when there is no file.
+    """
+    if not files:
+        raise ConfigError(f"{campaign.file}: there is no *.parquet or *.csv file to read")
+    engine.note_files(files)
+    _require_distinct_names(str(files[0]), _header(files[0], campaign.source.csv))
+    if files[0].suffix == ".csv":
+        table = _read_csv(files, as_text, campaign.source.csv, engine)
+    else:
+        table = engine.backend.read_parquet([str(f) for f in files], hive_partitioning=False)
+    return SourceTable(table, False, lambda _file, _types: table)
 
 
 def changed_files(campaign: Campaign, home: Home, seen: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Files of the watched folder with their size and time, and those that differ from `seen`.
 
-    The watched folder is `schedule.watch`, else the source's own folder; a database has none.
+    The watched folder is `schedule.watch`, else an event log's own folder; a database has none.
     """
     watch = campaign.schedule.watch
-    folder = _resolve(campaign, watch) if watch else source_folder(campaign, home)
+    if watch:
+        folder = resolve_path(campaign, "schedule.watch", watch)
+    else:
+        folder = source_folder(campaign, home) if isinstance(campaign, EventCampaign) else None
     if folder is None:
         return {}, []
     state: dict[str, str] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.suffix in (".parquet", ".csv") and not file.name.startswith("."):
-            stat = file.stat()
-            state[str(file)] = f"{stat.st_size}:{stat.st_mtime_ns}"
+    for file in files_in(folder):
+        stat = file.stat()
+        state[str(file)] = f"{stat.st_size}:{stat.st_mtime_ns}"
     return state, [file for file, mark in state.items() if seen.get(file) != mark]
 
 
-def days_in_files(campaign: Campaign, files: Sequence[str], home: Home, engine: Engine) -> tuple[date, date] | None:
+def days_in_files(
+    campaign: EventCampaign, files: Sequence[str], home: Home, engine: Engine
+) -> tuple[date, date] | None:
     """First and last event day, within the calendar, that these source files hold; None without events."""
     folder = source_folder(campaign, home)
     calendar = campaign_calendar(campaign)
-    newest = calendar.last or date.today()
     found: list[date] = []
     for name, stream in campaign.source.streams.items():
-        own = [f for f in files if folder is not None and _table_of(folder, Path(f)) == stream.table]
+        own = [Path(f) for f in files if folder is not None and _table_of(folder, Path(f)) == stream.table]
         if not own:
             continue
-        read = _read_csv if own[0].endswith(".csv") else _read_parquet
-        table = read(own, [stream.time], engine)
+        table = open_files(campaign, own, [stream.time], engine).table
         time = coerce.utc_time(table[stream.time], stream.time_format, f"{campaign.file}: source.streams.{name}.time")
         days = table.select(day=time.date())
-        days = days.filter((days.day >= calendar.first) & (days.day <= newest))
+        days = days.filter((days.day >= calendar.first) & (days.day <= calendar.newest))
         limits = engine.arrow(days.aggregate(first=days.day.min(), last=days.day.max())).to_pylist()[0]
         found += [day for day in limits.values() if day is not None]
     return (min(found), max(found)) if found else None
@@ -128,15 +208,19 @@ def days_in_files(campaign: Campaign, files: Sequence[str], home: Home, engine: 
 def select_declared(
     campaign: Campaign,
     where: str,
-    table: ibis.Table,
+    source: SourceTable,
     engine: Engine,
-    declared: list[str],
-    derive: dict[str, str],
+    declared: Sequence[str],
+    derive: Mapping[str, str],
     row_filter: str | None,
+    within: TimeRange | None = None,
+    number_rows: bool = False,
 ) -> ibis.Table:
-    """The declared columns of the rows that pass the filter; derived columns are SQL expressions.
+    """The declared columns of the rows that pass the filter, in the engine; derived columns are SQL expressions.
 
-    The result also holds every column an expression reads, so that equal rows are equal in the source.
+    The result also holds every column an expression reads, so that equal rows are equal in the source. Of a
+    remote table only these columns, and with `within` only those days, are fetched. With `number_rows` a column
+    `position` numbers the rows from 1, before the filter.
 
     Raises:
         ConfigError: for an expression that is not one, or that reads a column that is not there.
@@ -144,7 +228,7 @@ def select_declared(
     """
     expressions = {name: parse_expression(campaign, f"{where}.derive.{name}", sql) for name, sql in derive.items()}
     condition = parse_expression(campaign, f"{where}.where", row_filter) if row_filter else None
-    available = list(table.columns)
+    available = source.columns
     read: list[str] = [name for name in declared if name not in derive]
     for name, expression in expressions.items():
         _check_columns(campaign, f"{where}.derive.{name}", _columns_of(expression), available, ConfigError)
@@ -154,7 +238,11 @@ def select_declared(
         _check_columns(campaign, f"{where}.where", _columns_of(condition), known, ConfigError)
         read += [name for name in _columns_of(condition) if name not in derive]
     _check_columns(campaign, where, read, available, DataContractError)
-    selected = table.select(*dict.fromkeys(read))
+    selected = source.table.select(*dict.fromkeys(read))
+    if source.remote:
+        selected = _fetch(source, _restricted(selected, within), engine)
+    if number_rows:
+        selected = selected.mutate(position=(ibis.row_number() + 1).cast("int64"))
     if not expressions and condition is None:
         return selected
     name = engine.backend.create_view(ibis.util.gen_name("source"), selected).get_name()
@@ -184,38 +272,11 @@ def parse_expression(campaign: Campaign, where: str, sql: str) -> sge.Expr:
     return expression
 
 
-@contextmanager
-def reading(what: str) -> Generator[None]:
-    """Turn a failing read into a SourceError, which Dagster tries again.
-
-    Raises:
-        SourceError: for an input or output error inside the block.
-        DataContractError: for a value that an expression of the campaign file cannot compute.
-    """
-    try:
-        yield
-    except (OSError, duckdb.IOException, duckdb.ConnectionException) as error:
-        raise SourceError(f"{what}: cannot be read: {str(error).splitlines()[0]}") from error
-    except (duckdb.BinderException, duckdb.ConversionException, duckdb.InvalidInputException) as error:
-        raise DataContractError(f"{what}: {' '.join(str(error).split())[:400]}") from error
-
-
-def expand_variables(campaign: Campaign) -> str:
-    """The connection with ${NAME} or ${NAME:-default} taken from the environment.
-
-    Raises:
-        ConfigError: for a variable that is not set and has no default.
-    """
-
-    def value(match: re.Match[str]) -> str:
-        name: str = match.group(1)
-        default: str | None = match.group(2)
-        found = os.environ.get(name) or default
-        if found is None:
-            raise ConfigError(f"{campaign.file}: source.connection: the environment variable {name} is not set")
-        return found
-
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", value, campaign.source.connection)
+def files_in(path: Path) -> list[Path]:
+    """The data files of a folder, or the file itself."""
+    if path.is_file():
+        return [path]
+    return [f for f in sorted(path.rglob("*")) if f.suffix in (".parquet", ".csv") and not f.name.startswith(".")]
 
 
 def _table_of(folder: Path, file: Path) -> str:
@@ -224,53 +285,153 @@ def _table_of(folder: Path, file: Path) -> str:
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
-def _resolve(campaign: Campaign, connection: str) -> Path:
-    """A path of the campaign file: beside the file first, then below the working directory."""
-    tried = [(base / connection).resolve() for base in (campaign.file.parent, Path.cwd())]
-    for path in tried:
-        if path.exists():
-            return path
-    raise ConfigError(
-        f"{campaign.file}: source.connection: {connection!r} is not there; tried {tried[0]} and {tried[1]}"
-    )
-
-
-def _open_files(campaign: Campaign, folder: Path, table: str, as_text: Sequence[str], engine: Engine) -> ibis.Table:
-    for suffix, read in ((".parquet", _read_parquet), (".csv", _read_csv)):
+def _files_of(campaign: Campaign, folder: Path, table: str) -> list[Path]:
+    for suffix in (".parquet", ".csv"):
         single = folder / f"{table}{suffix}"
         files = [single] if single.is_file() else sorted((folder / table).glob(f"**/*{suffix}"))
         if files:
-            return read([str(file) for file in files], as_text, engine)
+            return files
     names = sorted({path.stem for path in folder.iterdir() if not path.name.startswith(".")})
     raise ConfigError(
         f"{campaign.file}: table {table!r} is not in {folder}; there are {', '.join(names) or 'no files'}"
     )
 
 
-def _read_parquet(paths: list[str], as_text: Sequence[str], engine: Engine) -> ibis.Table:
-    del as_text  # parquet has types of its own
-    return engine.backend.read_parquet(paths, hive_partitioning=False)
-
-
-def _read_csv(paths: list[str], as_text: Sequence[str], engine: Engine) -> ibis.Table:
+def _read_csv(files: list[Path], as_text: Sequence[str], options: Csv, engine: Engine) -> ibis.Table:
     """Types are decided by every value, not a sample; times and keys stay text.
 
     DuckDB would read the key 00123 as 123, and drop the zone of 2024-01-01T00:00:00+02:00 without a word.
     """
-    columns = engine.backend.read_csv(paths, all_varchar=True, hive_partitioning=False).columns
+    paths = [str(file) for file in files]
+    stated: dict[str, Any] = {"encoding": options.encoding or _encoding(files[0]), "hive_partitioning": False}
+    if options.separator:
+        stated["delim"] = options.separator
+    if options.quote:
+        stated["quote"] = options.quote
+    columns = engine.backend.read_csv(paths, all_varchar=True, **stated).columns
     types = {name: "VARCHAR" for name in as_text if name in columns}
-    return engine.backend.read_csv(paths, types=types or None, sample_size=-1, hive_partitioning=False)
+    return engine.backend.read_csv(paths, types=types or None, sample_size=-1, **stated)
 
 
-def _open_duckdb(campaign: Campaign, path: Path, table: str, engine: Engine) -> ibis.Table:
-    attached = "source_database"
-    engine.backend.raw_sql(
-        f"ATTACH IF NOT EXISTS '{str(path).replace(chr(39), chr(39) * 2)}' AS {attached} (READ_ONLY)"
-    )
-    names = engine.backend.list_tables(database=(attached, "main"))
-    if table not in names:
-        raise ConfigError(f"{campaign.file}: table {table!r} is not in {path}; there are {', '.join(names) or 'none'}")
-    return engine.backend.table(table, database=(attached, "main"))
+def _encoding(file: Path) -> str:
+    """UTF-8 unless the beginning of the file cannot be; then Latin-1, in which every byte is a letter."""
+    with file.open("rb") as handle:
+        sample = handle.read(_SAMPLE_BYTES)
+    if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    try:
+        sample.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return "utf-8" if error.start > len(sample) - 4 else "latin-1"  # the sample may end within a letter
+    return "utf-8"
+
+
+def _header(file: Path, options: Csv) -> list[str]:
+    """Column names as they are written, before the engine makes equal ones different."""
+    if file.suffix == ".parquet":
+        return pq.read_schema(file).names
+    encoding = options.encoding or _encoding(file)
+    with file.open(encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), newline="") as handle:
+        line = handle.readline()
+    separator = options.separator or max(",;\t|", key=line.count)
+    names = next(csv.reader([line], delimiter=separator, quotechar=options.quote or '"'), [])
+    if len(names) == 1 and options.separator:
+        others = [repr(other) for other in ",;\t|" if other in line and other != options.separator]
+        if others:
+            raise DataContractError(
+                f"{file}: one column only: csv.separator is {options.separator!r}, but the first line holds "
+                f"{', '.join(others)}"
+            )
+    return names
+
+
+def _require_distinct_names(what: str, names: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other is not name:
+            raise DataContractError(
+                f"{what}: the columns {other!r} and {name!r} have one name, but for case; rename one of them"
+            )
+
+
+def _database_source(table: ibis.Table, connection: str, as_text: Sequence[str], engine: Engine) -> SourceTable:
+    remote = table.get_backend() is not engine.backend
+
+    def read(file: Path, types: dict[str, str]) -> ibis.Table:
+        if not connection.startswith(POSTGRES):  # SQLite's types bind nobody: what is there decides
+            return _read_csv([file], as_text, Csv(separator=",", quote='"', encoding="utf-8"), engine)
+        options: Any = {"columns": types, "auto_detect": False, "header": True, "allow_quoted_nulls": False}
+        return engine.backend.read_csv(str(file), delim=",", quote='"', escape='"', **options)
+
+    return SourceTable(table, remote, read)
+
+
+@ibis.udf.scalar.builtin(name="date")
+def _sqlite_date(text: str) -> str:  # pyright: ignore[reportReturnType]
+    """SQLite's own function: the day, or null for what is no time."""
+
+
+def _restricted(table: ibis.Table, within: TimeRange | None) -> ibis.Table:
+    """Rows that may lie in the wanted days, a day more on both sides for time zones; and those without a day.
+
+    Only where the database can tell: numbers and texts of another form are fetched and looked at here.
+    """
+    if within is None:
+        return table
+    column = table[within.column]
+    wanted = (within.first - _DAY, within.last + 2 * _DAY)
+    outside = (within.calendar.first, within.calendar.newest + _DAY)
+    dtype = column.type()
+    if table.get_backend().name == "sqlite":
+        day: Any = _sqlite_date(column.cast("string"))
+        limits = [str(day) for day in (*wanted, *outside)]
+    elif dtype.is_timestamp() or dtype.is_date():
+        day = column
+        limits = [ibis.timestamp(datetime(d.year, d.month, d.day)) for d in (*wanted, *outside)]
+    else:
+        return table
+    start, end, first, newest = limits
+    return table.filter(day.isnull() | ((day >= start) & (day < end)) | (day < first) | (day >= newest))
+
+
+def _fetch(source: SourceTable, selected: ibis.Table, engine: Engine) -> ibis.Table:
+    """Copy the rows of a remote table into the engine's scratch folder, in bounded memory and one statement.
+
+    One statement sees one state of the table, however long it takes and whatever is written meanwhile.
+    """
+    backend: Any = selected.get_backend()
+    query = backend.compile(selected)
+    handle, name = tempfile.mkstemp(suffix=".csv", dir=engine.scratch)
+    with open(handle, "wb") as file:
+        if backend.name == "postgres":
+            with backend.con.cursor() as cursor, cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT csv, HEADER)") as copy:
+                for block in copy:
+                    file.write(block)
+        else:
+            _dump_rows(backend.con.execute(query), list(selected.columns), file)
+    types = {column: _duckdb_type(dtype) for column, dtype in selected.schema().items()}
+    return source.read_csv(Path(name), types)
+
+
+def _dump_rows(cursor: Any, columns: list[str], file: Any) -> None:
+    import io
+
+    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        writer = csv.writer(text, quoting=csv.QUOTE_ALL)
+        writer.writerow(columns)
+        while rows := cursor.fetchmany(_FETCH_ROWS):
+            writer.writerows(rows)
+
+
+def _duckdb_type(dtype: Any) -> str:
+    if dtype.is_timestamp():
+        return "TIMESTAMPTZ" if dtype.timezone else "TIMESTAMP"
+    if dtype.is_integer():
+        return "BIGINT"
+    if dtype.is_numeric():
+        return "DOUBLE"
+    return {"boolean": "BOOLEAN", "date": "DATE"}.get(str(dtype).lstrip("!"), "VARCHAR")
 
 
 def _columns_of(expression: sge.Expr) -> list[str]:
