@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 CAMPAIGN ?= ecommerce_purchase
 PORT ?= 3001
 
-.PHONY: demo test dev benchmark clean
+.PHONY: demo test dev benchmark benchmark-real clean
 
 demo: $(STAMP)
 	@$(VENV)/bin/propensity demo $(CAMPAIGN)
@@ -21,6 +21,9 @@ test: $(STAMP)
 
 benchmark: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.run
+
+benchmark-real: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.real
 
 clean:
 	rm -rf $(VENV) .propensity .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,271 +1,70 @@
 """The campaign file: one propensity question, frozen and validated.
 
-Belongs here: the shape of the YAML, its defaults and its error messages. Does not: reading data.
+Belongs here: the two shapes of a campaign, reading the YAML, and its error messages. Does not: reading data.
 """
 
 import difflib
-import re
-from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from propensity_dagster.campaign_sections import (
+    MODEL_NAMES,
+    Attribute,
+    Candidate,
+    ColumnOutcome,
+    Eligibility,
+    EventSource,
+    Features,
+    Fraction,
+    Frozen,
+    Gate,
+    Holdout,
+    Identifier,
+    Outcome,
+    Prior,
+    Schedule,
+    Search,
+    Snapshots,
+    Split,
+    TableSource,
+    Target,
+    Tiers,
+    Value,
+    require_known,
+)
 from propensity_dagster.errors import ConfigError
 
-MODEL_NAMES = ("baseline", "logistic_regression", "lightgbm", "neural_network", "ensemble")
 SHIPPED = Path(__file__).parent / "campaigns"
-SYNTHETIC_SCHEME = "synthetic://"
+ROW_NUMBER = "row_number"
+"""Key column of a table that has none."""
 
-_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
-_RESERVED = frozenset({"day", "known_day", "snapshot", "split", "converted", "reason", "created_day"})
-
-
-def _check_identifier(value: str) -> str:
-    if not _IDENTIFIER.fullmatch(value):
-        raise ValueError(f"must be lower-case letters, digits and underscores, got {value!r}")
-    return value
+NOT_COLUMNS = frozenset(
+    {"day", "known_day", "snapshot", "split", "fold", "position", "converted", "decided_at", "reason", "created_day"}
+)
+"""Names that tables of ours give a meaning of their own."""
 
 
-def _parse_days(value: object) -> object:
-    if isinstance(value, str):
-        match = re.fullmatch(r"(\d+)d", value)
-        if not match:
-            raise ValueError(f"must be a number of days such as 7d, got {value!r}")
-        return int(match.group(1))
-    return value
-
-
-Identifier = Annotated[str, AfterValidator(_check_identifier)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Attribute(_Frozen):
-    """A column of the customer table that becomes a feature. Without a type, the source's column decides."""
-
-    type: Literal["number", "category"] | None = None
-    minimum: float | None = None
-    maximum: float | None = None
-
-
-class _Table(_Frozen):
-    table: str
-    key: str | None = None
-    where: str | None = None
-    derive: dict[str, str] = {}
-
-
-class Entities(_Frozen):
-    """Who is scored: a table of them, or, with `stream`, everybody seen in that event log."""
-
-    table: str | None = None
-    stream: str | None = None
-    key: str
-    created_at: str | None = None
-    time_format: str | None = None
-    attributes: dict[str, Attribute] = {}
-    where: str | None = None
-    derive: dict[str, str] = {}
-
-    @field_validator("attributes", mode="before")
-    @classmethod
-    def _accept_list(cls, value: object) -> object:
-        if isinstance(value, list):
-            return {name: {} for name in value}
-        if isinstance(value, dict):
-            return {k: {"type": v} if isinstance(v, str) else (v or {}) for k, v in value.items()}
-        return value
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Entities":
-        if (self.table is None) == (self.stream is None):
-            raise ValueError("needs exactly one of 'table' and 'stream'")
-        if self.table is not None and self.created_at is None:
-            raise ValueError("created_at is required with 'table': when did each entity become known?")
-        if self.stream is not None and self.created_at is not None:
-            raise ValueError("created_at is not allowed with 'stream': the first event says it")
-        return self
-
-
-class Stream(_Table):
-    """An event log.
-
-    `lines: true` says that several rows share one id and together are one event. `equal_rows: keep` says that
-    rows equal in every column are different events, not one written twice; it is for logs without an id.
-    """
-
-    time: str
-    time_format: str | None = None
-    id: str | None = None
-    lines: bool = False
-    equal_rows: Literal["drop", "keep"] = "drop"
-    amount: str | None = None
-    minimum_amount: float | None = 0.0
-    measures: tuple[str, ...] = ()
-    categories: tuple[str, ...] = ()
-    type: str | None = None
-    types: tuple[Identifier, ...] = ("sent", "open", "click")
-    ingested_at: str | None = None
-
-    @model_validator(mode="after")
-    def _lines_need_an_id(self) -> "Stream":
-        if self.lines and self.id is None:
-            raise ValueError("lines: true needs an 'id': which rows belong to one event?")
-        if self.equal_rows == "keep" and self.id is not None and not self.lines:
-            raise ValueError("equal_rows: keep contradicts 'id': rows with one id are one event")
-        return self
-
-
-class EventSource(_Frozen):
-    """A customer table and event logs. Days are UTC; `last_day` is stated when the log has ended."""
-
-    kind: Literal["events"]
-    connection: str
-    entities: Entities
-    streams: dict[Identifier, Stream] = Field(min_length=1)
-    first_day: date | None = None
-    last_day: date | None = None
-    late_days: NonNegative = 0
-
-    @model_validator(mode="after")
-    def _known_stream(self) -> "EventSource":
-        _require_known("entities.stream", self.entities.stream, self.streams)
-        if self.first_day is None and not self.connection.startswith(SYNTHETIC_SCHEME):
-            raise ValueError("first_day is required: the first day of the event logs, for example 2024-01-01")
-        if self.first_day and self.last_day and self.first_day >= self.last_day:
-            raise ValueError(f"first_day must be before last_day, got {self.first_day} and {self.last_day}")
-        return self
-
-
-class Outcome(_Frozen):
-    """What counts as a conversion: an event of `stream` in [t + gap, t + gap + horizon)."""
-
-    stream: str
-    gap_days: NonNegative = 0
-    horizon_days: Positive = 30
-    where: str | None = None
-    minimum_amount: float | None = None
-
-
-class Eligibility(_Frozen):
-    """Who is asked about at t. Activity is an event of `streams` (all, when absent) or the creation itself."""
-
-    active_within_days: Positive | None = None
-    min_tenure_days: NonNegative = 0
-    streams: tuple[str, ...] | None = None
-
-
-class Snapshots(_Frozen):
-    """How many snapshots each split gets, counted back from `newest` or the newest mature one."""
-
-    every: Annotated[int, Field(gt=0)] = 7
-    train: Positive = 26
-    validate_: Positive = Field(4, alias="validate")
-    test: Positive = 4
-    newest: date | None = None
-
-    _days = field_validator("every", mode="before")(_parse_days)
-
-
-class Features(_Frozen):
-    """Look-back windows in days, and names by which people outside know some features."""
-
-    windows_days: tuple[Positive, ...] = (7, 30, 90, 365)
-    names: dict[Identifier, str] = {}
-
-    @field_validator("windows_days")
-    @classmethod
-    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or list(value) != sorted(set(value)):
-            raise ValueError(f"must be different numbers of days in ascending order, got {list(value)}")
-        return value
-
-
-class Candidate(_Frozen):
-    """A model to train, with parameters that replace the estimator's defaults."""
-
-    name: Literal["baseline", "logistic_regression", "lightgbm", "neural_network", "ensemble"]
-    params: dict[str, Any] = {}
-
-
-class Value(_Frozen):
-    """Money of one contact and one conversion, in the campaign's currency; capacity is people per snapshot."""
-
-    margin_per_conversion: Annotated[float, Field(ge=0)] = 1.0
-    cost_per_contact: Annotated[float, Field(ge=0)] = 0.0
-    capacity: Positive | None = None
-
-
-class Tiers(_Frozen):
-    """Percentiles from which a customer is in the high and the medium tier."""
-
-    high: Fraction = 0.9
-    medium: Fraction = 0.6
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Tiers":
-        if self.medium >= self.high:
-            raise ValueError(f"medium must be below high, got {self.medium} and {self.high}")
-        return self
-
-
-class Holdout(_Frozen):
-    """Share of entities deliberately not contacted."""
-
-    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-
-
-class Schedule(_Frozen):
-    """Cron lines in UTC, and a folder whose new files start an ingestion."""
-
-    score: str = "0 2 * * *"
-    train: str = "0 4 1 * *"
-    watch: str | None = None
-
-
-class Gate(_Frozen):
-    """What a challenger must satisfy on out-of-time test snapshots. See evaluation/gate.py."""
-
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    lift_margin: Annotated[float, Field(ge=0)] = 0.25
-    slope: tuple[float, float] = (0.7, 1.4)
-    max_intercept: Annotated[float, Field(gt=0)] = 0.5
-    max_calibration_error: Fraction = 0.05
-    min_segment_auc: Fraction = 0.5
-
-
-class Campaign(_Frozen):
-    """One propensity question. `file` says where it was read from; relative paths start there."""
+class Campaign(Frozen):
+    """What both shapes share. `file` says where the campaign was read from; relative paths start there."""
 
     name: Identifier
     description: str = ""
-    source: EventSource
-    outcome: Outcome
-    eligibility: Eligibility = Eligibility()
-    snapshots: Snapshots = Snapshots.model_validate({})
-    features: Features = Features()
+    source: EventSource | TableSource
+    outcome: Outcome | ColumnOutcome
     models: tuple[Candidate, ...] = tuple(Candidate.model_validate({"name": name}) for name in MODEL_NAMES)
+    search: Search | None = None
+    prior: Prior = Prior()
     value: Value = Value()
     segments: tuple[str, ...] = ()
     tiers: Tiers = Tiers()
     holdout: Holdout = Holdout()
+    target: Target | None = None
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
+    min_converters: int = 500
     max_bad_fraction: Fraction = 0.05
     seed: int = 0
     file: Path = Path("campaign.yaml")
@@ -278,18 +77,52 @@ class Campaign(_Frozen):
         return [_candidate(item) for item in value]
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Campaign":
-        streams = self.source.streams
-        _require_known("outcome.stream", self.outcome.stream, streams)
-        for name in self.eligibility.streams or ():
-            _require_known("eligibility.streams", name, streams)
-        for name in self.segments:
-            _require_known("segments", name, self.source.entities.attributes)
+    def _known_models(self) -> "Campaign":
         names = [candidate.name for candidate in self.models]
         if len(set(names)) != len(names) or "baseline" not in names or len(names) < 2:
             raise ValueError(f"models must be different names, 'baseline' and at least one more, got {names}")
-        if self.key in _RESERVED:
-            raise ValueError(f"entities.key must not be one of {sorted(_RESERVED)}, got {self.key!r}")
+        if self.key in NOT_COLUMNS:
+            raise ValueError(f"the key column must not be one of {sorted(NOT_COLUMNS)}, got {self.key!r}")
+        return self
+
+    @property
+    def key(self) -> str:
+        """The name of the entity key column, in every table."""
+        raise NotImplementedError
+
+    @property
+    def attributes(self) -> dict[str, Attribute]:
+        """What the file says of columns that describe the entity or the decision."""
+        raise NotImplementedError
+
+    @property
+    def protected(self) -> tuple[str, ...]:
+        """Attributes that no model may see; they are segments to judge the models in."""
+        return tuple(name for name, attribute in self.attributes.items() if attribute.protected)
+
+    @property
+    def all_segments(self) -> tuple[str, ...]:
+        """Stated segments, and the protected attributes."""
+        return tuple(dict.fromkeys([*self.segments, *self.protected]))
+
+
+class EventCampaign(Campaign):
+    """Event logs: point-in-time snapshots are built from them."""
+
+    source: EventSource  # pyright: ignore[reportIncompatibleVariableOverride] frozen
+    outcome: Outcome  # pyright: ignore[reportIncompatibleVariableOverride] frozen
+    eligibility: Eligibility = Eligibility()
+    snapshots: Snapshots = Snapshots.model_validate({})
+    features: Features = Features()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EventCampaign":
+        streams = self.source.streams
+        require_known("outcome.stream", self.outcome.stream, streams)
+        for name in self.eligibility.streams or ():
+            require_known("eligibility.streams", name, streams)
+        for name in self.segments:
+            require_known("segments", name, self.attributes)
         if self.outcome.minimum_amount is not None and streams[self.outcome.stream].amount is None:
             raise ValueError(f"outcome.minimum_amount needs an 'amount' in streams.{self.outcome.stream}")
         return self
@@ -300,6 +133,11 @@ class Campaign(_Frozen):
         return self.source.entities.key
 
     @property
+    def attributes(self) -> dict[str, Attribute]:
+        """Attributes of the entities."""
+        return self.source.entities.attributes
+
+    @property
     def longest_window(self) -> int:
         """Days the longest look-back window covers."""
         return self.features.windows_days[-1]
@@ -308,6 +146,55 @@ class Campaign(_Frozen):
     def outcome_end_days(self) -> int:
         """Days from a snapshot to the end of its outcome window."""
         return self.outcome.gap_days + self.outcome.horizon_days
+
+
+class TableCampaign(Campaign):
+    """A table of past decisions. `exclude` names columns that are no features, each with the reason why.
+
+    `missing` says which values of a column, or with the name "*" of every column, stand for a missing one.
+    """
+
+    source: TableSource  # pyright: ignore[reportIncompatibleVariableOverride] frozen
+    outcome: ColumnOutcome  # pyright: ignore[reportIncompatibleVariableOverride] frozen
+    exclude: dict[str, str] = Field({})
+    missing: dict[str, tuple[str, ...]] = Field({})
+    split: Split = Split()
+
+    @field_validator("missing", mode="before")
+    @classmethod
+    def _accept_one(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {k: [str(item) for item in (v if isinstance(v, list) else [v])] for k, v in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TableCampaign":
+        outcome = self.outcome.column
+        for where, names in (("exclude", self.exclude), ("source.attributes", self.attributes)):
+            if outcome in names:
+                raise ValueError(f"{where}: {outcome!r} is the outcome, which is never a feature")
+        both = sorted(set(self.exclude) & set(self.attributes))
+        if both:
+            raise ValueError(f"exclude: {both[0]!r} is also in source.attributes: is it a feature or not?")
+        for name, reason in self.exclude.items():
+            if not reason.strip():
+                raise ValueError(f"exclude.{name}: say why, for example 'known only after the call'")
+        if self.split.folds and self.source.order:
+            raise ValueError("split.folds mixes old and new rows: leave out either 'folds' or source.order")
+        return self
+
+    @property
+    def key(self) -> str:
+        """The name of the entity key column; the row number where the table has none."""
+        return self.source.key or ROW_NUMBER
+
+    @property
+    def attributes(self) -> dict[str, Attribute]:
+        """What the file says of some columns."""
+        return self.source.attributes
+
+
+_SHAPES: dict[str, type[Campaign]] = {"events": EventCampaign, "table": TableCampaign}
 
 
 def load_campaign(path: Path) -> Campaign:
@@ -330,10 +217,11 @@ def load_campaign(path: Path) -> Campaign:
         raise ConfigError(f"{path}: must be a mapping of keys, got {type(content).__name__}")
     if "file" in content:
         raise ConfigError(f"{path}: unknown key 'file'")
+    shape = _shape(path, content)
     try:
-        return Campaign.model_validate({**content, "file": path.resolve()})
+        return shape.model_validate({**content, "file": path.resolve()})
     except ValidationError as error:
-        lines = [_explain(path, problem) for problem in error.errors(include_url=False)]
+        lines = [_explain(path, shape, problem) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -353,6 +241,14 @@ def load_campaigns(folder: Path) -> list[Campaign]:
             raise ConfigError(f"{file}: name: {campaign.name!r} is already the name of {campaigns[campaign.name].file}")
         campaigns[campaign.name] = campaign
     return list(campaigns.values())
+
+
+def _shape(path: Path, content: dict[Any, Any]) -> "type[Campaign]":
+    source = content.get("source")
+    kind = source.get("kind") if isinstance(source, dict) else None
+    if kind not in _SHAPES:
+        raise ConfigError(f"{path}: source.kind: must be one of {', '.join(_SHAPES)}, got {kind!r}")
+    return _SHAPES[kind]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -377,16 +273,11 @@ def _candidate(item: object) -> object:
     return item
 
 
-def _require_known(where: str, name: str | None, known: dict[str, Any]) -> None:
-    if name is not None and name not in known:
-        raise ValueError(f"{where}: {name!r} is not declared; declared are {', '.join(known) or 'none'}")
-
-
-def _explain(path: Path, problem: Any) -> str:
+def _explain(path: Path, shape: type[Campaign], problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         parent = problem["loc"][:-1]
-        allowed = _allowed_keys(parent)
+        allowed = _allowed_keys(shape, parent)
         close = difflib.get_close_matches(str(problem["loc"][-1]), allowed, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         listing = f"; allowed are {', '.join(allowed)}" if allowed else ""
@@ -400,9 +291,9 @@ def _explain(path: Path, problem: Any) -> str:
     return prefix + message + (f", got {got!r}" if shows_input else "")
 
 
-def _allowed_keys(location: tuple[Any, ...]) -> list[str]:
+def _allowed_keys(shape: type[Campaign], location: tuple[Any, ...]) -> list[str]:
     """Keys the model at this place of the file knows, or none where the place is free."""
-    model: Any = Campaign
+    model: Any = shape
     for part in location:
         field = getattr(model, "model_fields", {}).get(part) or next(
             (f for f in getattr(model, "model_fields", {}).values() if f.alias == part), None

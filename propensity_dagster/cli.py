@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -39,14 +40,48 @@ def demo(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
     The default campaign makes its own synthetic data. Give a file, such as examples/cdnow.yaml, for yours.
     """
     chosen = _find(campaign)
-    environment = _environment(chosen)
-    command = [sys.executable, "-m", "propensity_dagster.components.launch", chosen.name]
-    status = subprocess.run(command, env=environment, check=False).returncode
-    if status:
-        raise typer.Exit(status)
+    _launch(chosen)
     from propensity_dagster.reports.summary import print_summary
 
     print_summary(chosen, Home.from_environment(), _console())
+
+
+@app.command()
+def score(
+    campaign: CampaignArgument = DEFAULT_CAMPAIGN,
+    snapshot: Annotated[str | None, typer.Option(metavar="DATE", help="Snapshot; the newest, if absent.")] = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option(help="For tables of decisions: file, folder or table of rows to score; may be repeated."),
+    ] = None,
+) -> None:
+    """Score one snapshot with the champion, through Dagster; prints the file of scores."""
+    options = ["--score", *(["--snapshot", _date(snapshot)] if snapshot else [])]
+    for place in rows or []:
+        options += ["--rows", str(Path(place).resolve()) if Path(place).exists() else place]
+    _launch(_find(campaign), *options)
+
+
+@app.command()
+def doctor(
+    campaign: CampaignArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Look at a campaign's data before any compute: coded findings with their remedy. Exit status 1 on errors."""
+    from propensity_dagster.doctor import diagnose
+    from propensity_dagster.reports.diagnosis import print_diagnosis
+    from propensity_dagster.runtime import Runtime
+
+    chosen = _find(campaign)
+    runtime = Runtime.from_environment()
+    with runtime.engine() as engine:
+        diagnosis = diagnose(chosen, runtime.home, engine, ingested=False)
+    if as_json:
+        print(diagnosis.to_json())
+    else:
+        print_diagnosis(diagnosis, _console())
+    if diagnosis.errors:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -124,6 +159,21 @@ def _find(campaign: str) -> Campaign:
             f"there is no campaign {campaign!r}; there are {', '.join(known)}, or give the path of a YAML file"
         )
     return known[campaign]
+
+
+def _launch(campaign: Campaign, *options: str) -> None:
+    """Run a campaign in a Dagster process of its own."""
+    command = [sys.executable, "-m", "propensity_dagster.components.launch", campaign.name, *options]
+    status = subprocess.run(command, env=_environment(campaign), check=False).returncode
+    if status:
+        raise typer.Exit(status)
+
+
+def _date(text: str) -> str:
+    try:
+        return str(date.fromisoformat(text))
+    except ValueError:
+        raise ConfigError(f"--snapshot must be a date such as 2025-01-31, got {text!r}") from None
 
 
 def _environment(campaign: Campaign | None) -> dict[str, str]:

@@ -47,6 +47,7 @@ def shop_file(folder: Path, **changes) -> Path:
         },
         "outcome": {"stream": "orders", "horizon_days": 30},
         "max_bad_fraction": 0.9,
+        "min_converters": 1,
         **changes,
     }
     file = folder / "campaign.yaml"
@@ -118,6 +119,7 @@ models:
 value: {margin_per_conversion: 22.5, cost_per_contact: 0.4}
 segments: [country]
 max_bad_fraction: 0.9
+min_converters: 100
 """
 
 

@@ -43,7 +43,7 @@ MISTAKES = [
     ("windows_days: [7, 30", "windows_days: [30, 7", "ascending order, got [30, 7, 90, 365]"),
     ("name: ecommerce_purchase", "name: E-Commerce", "name: must be lower-case letters, digits and underscores"),
     ("holdout: {fraction: 0.05}", "holdout: {fraction: 1}", "holdout.fraction"),
-    ("key: customer_id", "key: day", "entities.key must not be one of"),
+    ("key: customer_id", "key: day", "the key column must not be one of"),
     ("connection: synthetic://ecommerce?customers=20000", "connection: data", "first_day is required"),
     ("segments: [country, channel]", "segments: []\nsegments: [country]", "key 'segments' given twice"),
     ("    table: customers\n", "", "needs exactly one of 'table' and 'stream'"),

@@ -72,7 +72,7 @@ def test_champion_commands(demo):
 
 
 MISTAKES = [
-    (("demo", "no_such"), "error: there is no campaign 'no_such'; there are ecommerce_purchase, or give the path"),
+    (("demo", "no_such"), "error: there is no campaign 'no_such'; there are campaign_response, ecommerce_purchase"),
     (("demo", "no_such.yaml"), "error: no_such.yaml: cannot be read"),
     (("champion", "show"), "error: ecommerce_purchase: no model has been registered yet"),
 ]

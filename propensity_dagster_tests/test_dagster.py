@@ -198,7 +198,7 @@ def test_no_converter_at_all(world, monkeypatch):
         execute(definitions, "small__ingest", instance, **range_tags(date(2024, 1, 1), date(2024, 8, 27)))
         result = execute(definitions, "small__train", instance, raise_on_error=False)
     (failure,) = [e for e in result.all_events if e.is_step_failure]
-    assert "of which 0 converted; both outcomes are needed" in failure.step_failure_data.user_failure_data.description
+    assert "P105 all outcomes are equal" in failure.step_failure_data.user_failure_data.description
     assert not runtime.home.lake("small").file("training_set").exists()
 
 

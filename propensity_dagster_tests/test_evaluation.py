@@ -9,7 +9,8 @@ import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from propensity_dagster.campaign import SHIPPED, Gate, Value, load_campaign
+from propensity_dagster.campaign import SHIPPED, load_campaign
+from propensity_dagster.campaign_sections import Gate, Value
 from propensity_dagster.errors import InsufficientDataError, LeakageError
 from propensity_dagster.evaluation.bootstrap import entity_weights, estimate, replicate_metrics
 from propensity_dagster.evaluation.evaluate import TestScores, evaluate

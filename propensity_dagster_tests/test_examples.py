@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from propensity_dagster.campaign import Candidate, load_campaign
+from propensity_dagster.campaign import load_campaign
+from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.data.lake import Home
 from propensity_dagster.models.calibration import log_loss
 from propensity_dagster.models.dataset import FeatureContract, FeatureSpec, make_dataset, read_split
@@ -54,7 +55,7 @@ def rfm_regression_loss(home: Path, name: str) -> float:
         make_dataset(read_split(training_set, split), contract, campaign.key) for split in ("train", "validate", "test")
     )
     candidate = Candidate(name="logistic_regression")
-    model = train_candidate(campaign, candidate, train, validate, {})
+    model, _ = train_candidate(campaign, candidate, train, validate, {})
     return log_loss(model.log_odds(test.X), test.y)
 
 

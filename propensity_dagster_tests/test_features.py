@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.features import build
@@ -36,9 +36,9 @@ class World:
 
 
 @cache
-def campaign(late_days: int = 0, late: bool = False) -> Campaign:
+def campaign(late_days: int = 0, late: bool = False) -> EventCampaign:
     arrives = {"ingested_at": "arrived"} if late else {}
-    return Campaign.model_validate(
+    return EventCampaign.model_validate(
         {
             "name": "world",
             "source": {
@@ -94,7 +94,7 @@ def make_world(seed: int, late: bool = False) -> World:
     return World(customers, {"orders": orders, "emails": emails})
 
 
-def inputs_of(world: World, c: Campaign, engine) -> Inputs:
+def inputs_of(world: World, c: EventCampaign, engine) -> Inputs:
     late = {"ingested_at": pa.timestamp("us")} if c.source.streams["orders"].ingested_at else {}
     shapes = {
         "orders": {"customer_id": pa.string(), "time": pa.timestamp("us"), "event_id": pa.string(), "amount": pa.int64(), "category_category": pa.string(), **late},
@@ -121,7 +121,7 @@ def inputs_of(world: World, c: Campaign, engine) -> Inputs:
     return Inputs(entities, activity, engine.cache(daily_categories(c, events)), campaign_features(c, entities))
 
 
-def compute(world: World, c: Campaign, engine, t: date = T) -> dict[str, dict]:
+def compute(world: World, c: EventCampaign, engine, t: date = T) -> dict[str, dict]:
     inputs = inputs_of(world, c, engine)
     features = engine.arrow(build_features(c, inputs, as_of=t))
     labels = engine.arrow(build_labels(c, inputs.activity, engine.table(features), as_of=t))

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from propensity_dagster.campaign import Candidate, load_campaign
+from propensity_dagster.campaign import load_campaign
+from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError
 from propensity_dagster.models.calibration import METHODS, choose_calibrator, cross_fit, fit_calibrator, log_loss
 from propensity_dagster.models.dataset import FeatureContract, entity_folds, make_dataset
+from propensity_dagster.models.ensemble import Member
 from propensity_dagster.models.preprocess import Scaling
 from propensity_dagster.models.saved import golden_difference, load_model, model_identity, write_model
 from propensity_dagster.models.training import train_candidate
@@ -60,9 +62,11 @@ def data():
 def models(campaign, data):
     train, validate, _ = data
     fitted = {}
+    members = []
     for candidate in campaign.models:
-        members = [m for n, m in fitted.items() if n != "baseline"]
-        fitted[candidate.name] = train_candidate(campaign, candidate, train, validate, {"campaign": "small"}, members)
+        model, scores = train_candidate(campaign, candidate, train, validate, {"campaign": "small"}, members)
+        fitted[candidate.name] = model
+        members += [Member(model, scores)] if candidate.name != "baseline" else []
     return fitted
 
 
@@ -91,7 +95,7 @@ def test_every_model_beats_the_constant_on_unseen_rows(models, data, name):
 def test_two_trainings_on_the_same_data_give_the_same_bytes(campaign, models, data, tmp_path, name):
     train, validate, _ = data
     candidate = next(c for c in campaign.models if c.name == name)
-    again = train_candidate(campaign, candidate, train, validate, {"campaign": "small"})
+    again, _ = train_candidate(campaign, candidate, train, validate, {"campaign": "small"})
     write_model(models[name], tmp_path / "a", train.X)
     write_model(again, tmp_path / "b", train.X)
     assert model_identity(tmp_path / "a") == model_identity(tmp_path / "b")
@@ -166,7 +170,10 @@ def test_unknown_format_and_kind_are_named(models, data, tmp_path):
     import hashlib
 
     folder = tmp_path / "model"
-    for kind, version, message in (("oracle", 1, "unknown kind of model 'oracle'"), ("rfm", 9, "format 9 is unknown")):
+    for kind, version, message in (
+        ("oracle", 1, "unknown kind of model 'oracle'"),
+        ("cells", 9, "format 9 is unknown"),
+    ):
         write_model(models["baseline"], folder, data[0].X)
         content = json.loads((folder / "model.json").read_text()) | {"kind": kind}
         (folder / "model.json").write_text(json.dumps(content))

@@ -11,9 +11,11 @@ from typing import Any
 
 import dagster as dg
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import daily, key
-from propensity_dagster.components.training import candidate_table
+from propensity_dagster.components.scoring import score_tables
+from propensity_dagster.components.training import DIAGNOSIS, candidate_table
+from propensity_dagster.data.decisions import DECISIONS, modified_on
 from propensity_dagster.data.ingest import days_to_ingest
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import campaign_calendar, changed_files, days_in_files
@@ -49,38 +51,67 @@ def range_tags(first: date, last: date) -> dict[str, str]:
 
 def campaign_automation(campaign: Campaign) -> dg.Definitions:
     """Jobs, schedules and sensors."""
-    ingest, train, score = _jobs(campaign)
-    schedules = [_nightly(campaign, ingest), _monthly(campaign, train)]
-    sensors = [_score_after_ingest(campaign, ingest, score), _new_files(campaign, ingest)]
-    return dg.Definitions(jobs=[ingest, train, score], schedules=schedules, sensors=sensors)
+    if isinstance(campaign, EventCampaign):
+        return _event_automation(campaign)
+    assert isinstance(campaign, TableCampaign)
+    return _table_automation(campaign)
 
 
-def _jobs(campaign: Campaign) -> tuple[Any, Any, Any]:
+def _event_automation(campaign: EventCampaign) -> dg.Definitions:
     streams = campaign.source.streams
     entities = campaign.source.entities.table
     ingested = [ACTIVITY, *(f"{stage}_{name}" for name in streams for stage in ("raw", "validated"))]
     ingested += [f"raw_{entities}", f"validated_{entities}"] if entities else [ENTITIES]
-    trained = ["training_set", *(candidate_table(c) for c in campaign.models), "evaluation", "champion"]
-
-    def job(name: str, tables: list[str], description: str, partitioned: bool) -> Any:
-        return dg.define_asset_job(
-            name,
-            selection=dg.AssetSelection.assets(*(key(campaign, table) for table in tables)),
-            partitions_def=daily(campaign) if partitioned else None,
-            description=description,
-            # One process: each more costs seconds of imports. Override in the launchpad on a large server.
-            executor_def=dg.in_process_executor,
-            tags={"propensity/campaign": campaign.name},
-        )
-
-    return (
-        job(ingest_job_name(campaign), ingested, "From the source to daily activity.", True),
-        job(train_job_name(campaign), trained, "Train every candidate, judge them, promote if earned.", False),
-        job(score_job_name(campaign), ["features", "scores"], "Features and scores of a snapshot.", True),
+    ingest = _job(campaign, ingest_job_name(campaign), ingested, "From the source to daily activity.", partitioned=True)
+    train, score = _train_job(campaign, []), _score_job(campaign)
+    return dg.Definitions(
+        jobs=[ingest, train, score],
+        schedules=[_nightly_ingestion(campaign, ingest), _monthly(campaign, train)],
+        sensors=[_score_after_ingest(campaign, ingest, score), _new_files(campaign, ingest)],
     )
 
 
-def _nightly(campaign: Campaign, job: Any) -> dg.ScheduleDefinition:
+def _table_automation(campaign: TableCampaign) -> dg.Definitions:
+    train = _train_job(campaign, [f"raw_{DECISIONS}", f"validated_{DECISIONS}"])
+    score = _score_job(campaign)
+    return dg.Definitions(
+        jobs=[train, score],
+        schedules=[_nightly_scores(campaign, score), _monthly(campaign, train)],
+        sensors=[_dropped_files(campaign, score)],
+    )
+
+
+def _job(campaign: Campaign, name: str, tables: list[str], description: str, *, partitioned: bool) -> Any:
+    return dg.define_asset_job(
+        name,
+        selection=dg.AssetSelection.assets(*(key(campaign, table) for table in tables)),
+        partitions_def=daily(campaign) if partitioned else None,
+        description=description,
+        # One process: each more costs seconds of imports. Override in the launchpad on a large server.
+        executor_def=dg.in_process_executor,
+        tags={"propensity/campaign": campaign.name},
+    )
+
+
+def _train_job(campaign: Campaign, before: list[str]) -> Any:
+    tables = [
+        *before,
+        DIAGNOSIS,
+        "training_set",
+        *(candidate_table(c) for c in campaign.models),
+        "evaluation",
+        "champion",
+    ]
+    description = "Train every candidate, judge them, promote if earned."
+    return _job(campaign, train_job_name(campaign), tables, description, partitioned=False)
+
+
+def _score_job(campaign: Campaign) -> Any:
+    description = "Features and scores of a snapshot."
+    return _job(campaign, score_job_name(campaign), score_tables(campaign), description, partitioned=True)
+
+
+def _nightly_ingestion(campaign: EventCampaign, job: Any) -> dg.ScheduleDefinition:
     @dg.schedule(
         name=f"{campaign.name}__nightly",
         cron_schedule=campaign.schedule.score,
@@ -94,6 +125,23 @@ def _nightly(campaign: Campaign, job: Any) -> dg.ScheduleDefinition:
         if days is None:
             return dg.SkipReason(f"the event log ended on {campaign_calendar(campaign).last}: nothing is new")
         return dg.RunRequest(run_key=f"{now.date()}", tags=range_tags(*days))
+
+    return nightly
+
+
+def _nightly_scores(campaign: TableCampaign, job: Any) -> dg.ScheduleDefinition:
+    @dg.schedule(
+        name=f"{campaign.name}__nightly",
+        cron_schedule=campaign.schedule.score,
+        job=job,
+        execution_timezone="UTC",
+        description="Scores source.new_rows.",
+    )
+    def nightly(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        day = context.scheduled_execution_time.astimezone(UTC).date()
+        if campaign.source.new_rows is None:
+            return dg.SkipReason("no source.new_rows: rows to score come as files into schedule.watch")
+        return dg.RunRequest(run_key=f"{day}", partition_key=str(day))
 
     return nightly
 
@@ -129,7 +177,31 @@ def _score_after_ingest(campaign: Campaign, ingest: Any, score: Any) -> dg.Senso
     return score_after_ingest
 
 
-def _new_files(campaign: Campaign, job: Any) -> dg.SensorDefinition:
+def _dropped_files(campaign: TableCampaign, job: Any) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{campaign.name}__dropped_files",
+        job=job,
+        minimum_interval_seconds=_WATCH_SECONDS,
+        description="Scores the files put into the watched folder, as of the day they were written.",
+    )
+    def dropped_files(context: dg.SensorEvaluationContext) -> Any:
+        seen: dict[str, str] = json.loads(context.cursor or "{}")
+        try:
+            state, changed = changed_files(campaign, Home.from_environment(), seen)
+        except PropensityError as error:
+            return dg.SkipReason(str(error))
+        if not changed:
+            return dg.SkipReason("no new or changed file")
+        days = sorted({modified_on(Path(file)) for file in changed})
+        requests = [
+            dg.RunRequest(run_key=f"{day}@{datetime.now(UTC).isoformat()}", partition_key=str(day)) for day in days
+        ]
+        return dg.SensorResult(run_requests=requests, cursor=json.dumps(state))
+
+    return dropped_files
+
+
+def _new_files(campaign: EventCampaign, job: Any) -> dg.SensorDefinition:
     @dg.sensor(
         name=f"{campaign.name}__new_files",
         job=job,

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import dagster as dg
 
-from propensity_dagster.campaign import Campaign, load_campaigns
+from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign, load_campaigns
 from propensity_dagster.components.automation import campaign_automation
+from propensity_dagster.components.decisions import decision_assets
 from propensity_dagster.components.ingestion import ingestion_assets
 from propensity_dagster.components.scoring import scoring_assets
-from propensity_dagster.components.training import training_assets
+from propensity_dagster.components.training import model_assets, snapshot_assets
 from propensity_dagster.data.lake import require_folder
 
 CAMPAIGNS_VARIABLE = "PROPENSITY_CAMPAIGNS"
@@ -40,5 +41,10 @@ def campaigns_folder(default: Path) -> Path:
 
 def campaign_definitions(campaign: Campaign) -> dg.Definitions:
     """Everything of one campaign but the resources, which are the deployment's."""
-    assets = [*ingestion_assets(campaign), *training_assets(campaign), *scoring_assets(campaign)]
+    if isinstance(campaign, EventCampaign):
+        assets = [*ingestion_assets(campaign), *snapshot_assets(campaign)]
+    else:
+        assert isinstance(campaign, TableCampaign)
+        assets = decision_assets(campaign)
+    assets += [*model_assets(campaign), *scoring_assets(campaign)]
     return dg.Definitions.merge(dg.Definitions(assets=assets), campaign_automation(campaign))

@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.components.common import (
     SOURCE_RETRIES,
     blocking,
@@ -34,7 +34,7 @@ from propensity_dagster.runtime import Runtime
 RAW, VALIDATED, FEATURES = "raw", "validated", "features"
 
 
-def ingestion_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
+def ingestion_assets(campaign: EventCampaign) -> list[dg.AssetsDefinition]:
     """raw -> validated (+ quarantine) -> activity, and the entities."""
     assets = [_activity(campaign)]
     for name in campaign.source.streams:
@@ -46,7 +46,7 @@ def ingestion_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
     return assets
 
 
-def _raw_stream(campaign: Campaign, name: str) -> dg.AssetsDefinition:
+def _raw_stream(campaign: EventCampaign, name: str) -> dg.AssetsDefinition:
     asset = key(campaign, f"raw_{name}")
 
     @dg.asset(
@@ -76,7 +76,7 @@ def _raw_stream(campaign: Campaign, name: str) -> dg.AssetsDefinition:
     return raw_stream
 
 
-def _validated_stream(campaign: Campaign, name: str) -> dg.AssetsDefinition:
+def _validated_stream(campaign: EventCampaign, name: str) -> dg.AssetsDefinition:
     asset = key(campaign, f"validated_{name}")
     calendar = campaign_calendar(campaign)
 
@@ -86,7 +86,7 @@ def _validated_stream(campaign: Campaign, name: str) -> dg.AssetsDefinition:
         group_name=VALIDATED,
         partitions_def=daily(campaign),
         backfill_policy=dg.BackfillPolicy.single_run(),
-        check_specs=_contract_checks(asset),
+        check_specs=contract_checks(asset),
         description=f"Rows that keep the contract; the others are in quarantine_{name} with the reason.",
         kinds={"parquet"},
     )
@@ -98,12 +98,12 @@ def _validated_stream(campaign: Campaign, name: str) -> dg.AssetsDefinition:
             broken = stream_violations(campaign, name, days[0], days[-1], runtime.home, engine)
         note_partitions(context, asset, row_counts(report.good_by_day))
         schema = stream_contract(campaign, campaign.source.streams[name], calendar.first, days[-1])
-        return _validation_result(campaign, asset, report, broken, schema)
+        return validation_result(campaign, asset, report, broken, schema)
 
     return validated_stream
 
 
-def _raw_entities(campaign: Campaign) -> dg.AssetsDefinition:
+def _raw_entities(campaign: EventCampaign) -> dg.AssetsDefinition:
     table = campaign.source.entities.table
 
     @dg.asset(
@@ -122,7 +122,7 @@ def _raw_entities(campaign: Campaign) -> dg.AssetsDefinition:
     return raw_entities
 
 
-def _validated_entities(campaign: Campaign) -> dg.AssetsDefinition:
+def _validated_entities(campaign: EventCampaign) -> dg.AssetsDefinition:
     table = campaign.source.entities.table
     asset = key(campaign, f"validated_{table}")
 
@@ -130,7 +130,7 @@ def _validated_entities(campaign: Campaign) -> dg.AssetsDefinition:
         key=asset,
         deps=[key(campaign, f"raw_{table}")],
         group_name=VALIDATED,
-        check_specs=_contract_checks(asset),
+        check_specs=contract_checks(asset),
         description=f"Entities that keep the contract; the others are in quarantine_{table} with the reason.",
         kinds={"parquet"},
     )
@@ -142,12 +142,12 @@ def _validated_entities(campaign: Campaign) -> dg.AssetsDefinition:
         attributes = campaign.source.entities.attributes
         types = {name: attribute.type or "category" for name, attribute in attributes.items()}
         schema = entity_contract(campaign, types, campaign_calendar(campaign).first)
-        return _validation_result(campaign, asset, report, broken, schema)
+        return validation_result(campaign, asset, report, broken, schema)
 
     return validated_entities
 
 
-def _derived_entities(campaign: Campaign) -> dg.AssetsDefinition:
+def _derived_entities(campaign: EventCampaign) -> dg.AssetsDefinition:
     stream = campaign.source.entities.stream
 
     @dg.asset(
@@ -166,7 +166,7 @@ def _derived_entities(campaign: Campaign) -> dg.AssetsDefinition:
     return derived_entities
 
 
-def _activity(campaign: Campaign) -> dg.AssetsDefinition:
+def _activity(campaign: EventCampaign) -> dg.AssetsDefinition:
     asset = key(campaign, ACTIVITY)
 
     @dg.asset(
@@ -193,7 +193,8 @@ def _activity(campaign: Campaign) -> dg.AssetsDefinition:
     return activity
 
 
-def _contract_checks(asset: dg.AssetKey) -> list[dg.AssetCheckSpec]:
+def contract_checks(asset: dg.AssetKey) -> list[dg.AssetCheckSpec]:
+    """What is asked of every validated table."""
     return [
         blocking("contract", asset, "no published row breaks the table's schema"),
         blocking("rows_add_up", asset, "rows in = good + quarantined + duplicates"),
@@ -202,9 +203,10 @@ def _contract_checks(asset: dg.AssetKey) -> list[dg.AssetCheckSpec]:
     ]
 
 
-def _validation_result(
+def validation_result(
     campaign: Campaign, asset: dg.AssetKey, report: ValidationReport, broken: int, schema: object
 ) -> dg.MaterializeResult:
+    """Where the rows went, with the results of `contract_checks`."""
     reasons = [{"reason": reason, "rows": rows} for reason, rows in report.reasons.items()]
     bad = report.bad_fraction
     return dg.MaterializeResult(

@@ -1,22 +1,23 @@
-"""Runs one campaign end to end through Dagster, in this process: what `propensity demo` starts.
+"""Runs one campaign end to end through Dagster, in this process: what `propensity demo` and `score` start.
 
-    python -m propensity_dagster.components.launch CAMPAIGN
+    python -m propensity_dagster.components.launch CAMPAIGN [--score [--snapshot DATE] [--rows PLACE]...]
 
 Ingestion of every day, training, and scores of the newest snapshot are three runs of the campaign's jobs,
 recorded in DAGSTER_HOME like any other, so that the UI shows them.
 """
 
+import argparse
 import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
 
-from propensity_dagster.campaign import SHIPPED, Campaign, load_campaigns
+from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign, load_campaigns
 from propensity_dagster.components.automation import (
     ingest_job_name,
     range_tags,
@@ -29,6 +30,7 @@ from propensity_dagster.data.sources import campaign_calendar, source_folder
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.features.activity import ACTIVITY
 from propensity_dagster.runtime import Runtime
+from propensity_dagster.scoring.batch import SCORES
 
 logger = logging.getLogger("propensity_dagster.launch")
 
@@ -43,6 +45,47 @@ def run_campaign(campaign: Campaign, runtime: Runtime, defs: dg.Definitions, ins
         PropensityError: with the message of the first asset that failed.
     """
     source_folder(campaign, runtime.home.ensure())  # makes a synthetic world, with progress
+    if isinstance(campaign, EventCampaign):
+        _ingest_new(campaign, runtime, defs, instance)
+    _run(defs, instance, train_job_name(campaign))
+    if runtime.store.champion(campaign.name) is None:
+        logger.warning("no champion: the gate refused the challenger, so there is nothing to score with")
+    elif isinstance(campaign, EventCampaign):
+        snapshot = runtime.home.lake(campaign.name).partitions(ACTIVITY, "day")[-1] + timedelta(days=1)
+        _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot))
+
+
+def score_campaign(
+    campaign: Campaign,
+    snapshot: date | None,
+    rows: Sequence[str],
+    runtime: Runtime,
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+) -> date:
+    """Score one snapshot with the champion; the newest, when none is named. Returns the snapshot.
+
+    Raises:
+        PropensityError: with the message of the first asset that failed.
+    """
+    if isinstance(campaign, EventCampaign):
+        if rows:
+            raise ConfigError(f"{campaign.name}: --rows is for tables of decisions; event logs say who is scored")
+        newest = runtime.home.lake(campaign.name).partitions(ACTIVITY, "day")
+        if not newest:
+            raise ConfigError(
+                f"{campaign.name}: nothing has been ingested yet: run the job {ingest_job_name(campaign)}"
+            )
+        snapshot = snapshot or newest[-1] + timedelta(days=1)
+    snapshot = snapshot or datetime.now(UTC).date()
+    config: dict[str, Any] = {}
+    if rows:
+        config = {"ops": {f"{campaign.name}__features": {"config": {"rows": list(rows)}}}}
+    _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot), config=config)
+    return snapshot
+
+
+def _ingest_new(campaign: EventCampaign, runtime: Runtime, defs: dg.Definitions, instance: dg.DagsterInstance) -> None:
     calendar = campaign_calendar(campaign)
     last = calendar.last
     if last is None:  # a copy of a log ends some day before today: there the run ends too
@@ -51,12 +94,6 @@ def run_campaign(campaign: Campaign, runtime: Runtime, defs: dg.Definitions, ins
     days = days_to_ingest(campaign, runtime.home, until=last)
     if days is not None:
         _run(defs, instance, ingest_job_name(campaign), tags=range_tags(*days))
-    _run(defs, instance, train_job_name(campaign))
-    if runtime.store.champion(campaign.name) is None:
-        logger.warning("no champion: the gate refused the challenger, so there is nothing to score with")
-        return
-    snapshot = runtime.home.lake(campaign.name).partitions(ACTIVITY, "day")[-1] + timedelta(days=1)
-    _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot))
 
 
 def _run(
@@ -65,11 +102,12 @@ def _run(
     job: str,
     tags: Mapping[str, str] | None = None,
     partition_key: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     start = time.perf_counter()
     logger.info("run %s %s", job, partition_key or " to ".join((tags or {}).values()))
     result = defs.resolve_job_def(job).execute_in_process(
-        run_config=_QUIET,
+        run_config={**_QUIET, **(config or {})},
         instance=instance,
         tags=dict(tags or {}),
         partition_key=partition_key,
@@ -115,17 +153,29 @@ def _show_progress() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
-def main(name: str) -> int:
-    """Run the campaign `name` of the campaigns folder; 0 when everything ran."""
+def main(arguments: Sequence[str]) -> int:
+    """Run a campaign of the campaigns folder, or only score one; 0 when everything ran."""
+    parser = argparse.ArgumentParser(prog="launch")
+    parser.add_argument("campaign")
+    parser.add_argument("--score", action="store_true", help="score only")
+    parser.add_argument("--snapshot", type=date.fromisoformat)
+    parser.add_argument("--rows", action="append", default=[])
+    stated = parser.parse_args(arguments)
     _show_progress()
     try:
         campaigns = {c.name: c for c in load_campaigns(campaigns_folder(SHIPPED))}
-        if name not in campaigns:
-            raise ConfigError(f"there is no campaign {name!r}; there are {', '.join(campaigns)}")
+        if stated.campaign not in campaigns:
+            raise ConfigError(f"there is no campaign {stated.campaign!r}; there are {', '.join(campaigns)}")
+        campaign = campaigns[stated.campaign]
         from propensity_dagster.definitions import defs
 
         with dg.DagsterInstance.get() as instance:
-            run_campaign(campaigns[name], Runtime.from_environment(), defs(), instance)
+            runtime = Runtime.from_environment()
+            if stated.score:
+                snapshot = score_campaign(campaign, stated.snapshot, stated.rows, runtime, defs(), instance)
+                print(runtime.home.lake(campaign.name).partition(SCORES, "snapshot", snapshot))
+            else:
+                run_campaign(campaign, runtime, defs(), instance)
     except PropensityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -133,4 +183,4 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,12 @@
 """Assets from snapshots to the champion."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import dagster as dg
 
-from propensity_dagster.campaign import Campaign, Candidate
+from propensity_dagster.campaign import Campaign, EventCampaign
+from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.components.common import (
     blocking,
     checked,
@@ -19,6 +21,10 @@ from propensity_dagster.components.common import (
     window_dependency,
 )
 from propensity_dagster.data.ingest import newest_event_day
+from propensity_dagster.data.lake import publish_text
+from propensity_dagster.doctor import diagnose
+from propensity_dagster.doctor.findings import WARNING
+from propensity_dagster.errors import DataContractError
 from propensity_dagster.evaluation.metrics import METRICS
 from propensity_dagster.evaluation.splits import EMBARGO, SnapshotSplit
 from propensity_dagster.features.activity import ACTIVITY
@@ -42,24 +48,67 @@ from propensity_dagster.scoring.candidates import (
 )
 from propensity_dagster.scoring.promotion import champion_model, promote_if_decided
 
-FEATURES, MODELS, EVALUATION = "features", "models", "evaluation"
+VALIDATED, FEATURES, MODELS, EVALUATION = "validated", "features", "models", "evaluation"
+DIAGNOSIS = "diagnosis"
 _EVER = -36_500  # days: lifetime features read the whole history
-_FEW_OUTCOMES = 1_000
+FEW_OUTCOMES = 1_000
 _RECENT_DAYS = 7
-_RATE_LIMITS = (0.001, 0.60)
+RATE_LIMITS = (0.001, 0.60)
+RATE_WORDS = f"the outcome rate lies between {RATE_LIMITS[0]:.1%} and {RATE_LIMITS[1]:.0%}"
 
 
-def training_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
-    """features, labels -> training set -> candidates -> evaluation -> champion."""
+def snapshot_assets(campaign: EventCampaign) -> list[dg.AssetsDefinition]:
+    """diagnosis, features, labels -> training set."""
+    entities = campaign.source.entities.table
+    looked_at = [f"raw_{name}" for name in campaign.source.streams] + ([f"raw_{entities}"] if entities else [])
+    diagnosis = diagnosis_asset(campaign, looked_at)
+    return [diagnosis, _features(campaign), _labels(campaign), _training_set(campaign)]
+
+
+def diagnosis_asset(campaign: Campaign, looked_at: Sequence[str]) -> dg.AssetsDefinition:
+    """The doctor's findings on what was ingested: an error stops the training before it begins."""
+    asset = key(campaign, DIAGNOSIS)
+
+    @dg.asset(
+        key=asset,
+        deps=[key(campaign, table) for table in looked_at],
+        group_name=VALIDATED,
+        check_specs=[
+            blocking("no_errors", asset, "the doctor finds nothing that stands against training"),
+            warning("no_warnings", asset, "the doctor finds nothing at all"),
+        ],
+        description="What `propensity doctor` finds in the ingested data: too few converters, leaks, odd columns.",
+        kinds={"json"},
+    )
+    @user_errors
+    def diagnosis(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
+        with runtime.engine() as engine:
+            found = diagnose(campaign, runtime.home, engine, ingested=True)
+        file = runtime.home.reports(campaign.name) / "diagnosis.json"
+        publish_text(found.to_json(), file)
+        if found.errors:  # a failed run, not only a failed check, so that every caller is told why
+            raise DataContractError("; ".join(f.sentence for f in found.errors))
+        rows = [{"code": f.code, "severity": f.severity, "where": f.where, "finding": f.sentence} for f in found.ranked]
+        warnings = [f.sentence for f in found.findings if f.severity == WARNING]
+        return dg.MaterializeResult(
+            metadata={
+                **({"findings": records_table(rows)} if rows else {}),
+                "features": len(found.features),
+                "report": dg.MetadataValue.path(file),
+            },
+            check_results=[
+                checked(asset, "no_errors", True),
+                checked(asset, "no_warnings", not warnings, warn=True, warnings="; ".join(warnings)),
+            ],
+        )
+
+    return diagnosis
+
+
+def model_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
+    """training set -> candidates -> evaluation -> champion: the same for every shape of campaign."""
     candidates = [_candidate(campaign, candidate) for candidate in campaign.models]
-    return [
-        _features(campaign),
-        _labels(campaign),
-        _training_set(campaign),
-        *candidates,
-        _evaluation(campaign),
-        _champion(campaign),
-    ]
+    return [*candidates, _evaluation(campaign), _champion(campaign)]
 
 
 def candidate_table(candidate: Candidate) -> str:
@@ -67,7 +116,7 @@ def candidate_table(candidate: Candidate) -> str:
     return f"candidate_{candidate.name}"
 
 
-def _features(campaign: Campaign) -> dg.AssetsDefinition:
+def _features(campaign: EventCampaign) -> dg.AssetsDefinition:
     asset = key(campaign, "features")
 
     @dg.asset(
@@ -105,7 +154,7 @@ def _features(campaign: Campaign) -> dg.AssetsDefinition:
     return features
 
 
-def _labels(campaign: Campaign) -> dg.AssetsDefinition:
+def _labels(campaign: EventCampaign) -> dg.AssetsDefinition:
     asset = key(campaign, "labels")
     outcome = campaign.outcome
 
@@ -120,7 +169,7 @@ def _labels(campaign: Campaign) -> dg.AssetsDefinition:
         backfill_policy=dg.BackfillPolicy.single_run(),
         check_specs=[
             blocking("same_entities_as_features", asset, "labels and features have the same keys"),
-            warning("outcome_rate", asset, "the outcome rate lies between 0.1% and 60%"),
+            warning("outcome_rate", asset, RATE_WORDS),
         ],
         description=f"Whether an entity converts within {outcome.horizon_days} days; only of mature snapshots.",
         kinds={"parquet", "duckdb"},
@@ -144,17 +193,17 @@ def _labels(campaign: Campaign) -> dg.AssetsDefinition:
     return labels
 
 
-def _training_set(campaign: Campaign) -> dg.AssetsDefinition:
+def _training_set(campaign: EventCampaign) -> dg.AssetsDefinition:
     asset = key(campaign, TRAINING_SET)
 
     @dg.asset(
         key=asset,
-        deps=[key(campaign, "features"), key(campaign, "labels")],
+        deps=[key(campaign, DIAGNOSIS), key(campaign, "features"), key(campaign, "labels")],
         group_name=FEATURES,
         check_specs=[
             blocking("out_of_time", asset, "no outcome window reaches into a later split"),
-            warning("enough_outcomes", asset, "at least 1,000 converters and others to learn from"),
-            warning("outcome_rate", asset, "the outcome rate lies between 0.1% and 60%"),
+            warning("enough_outcomes", asset, f"at least {FEW_OUTCOMES:,} converters and others to learn from"),
+            warning("outcome_rate", asset, RATE_WORDS),
         ],
         description=(
             "Training, validation and test snapshots, out of time, with embargo. It materializes the features "
@@ -167,7 +216,7 @@ def _training_set(campaign: Campaign) -> dg.AssetsDefinition:
         with runtime.engine() as engine:
             report = publish_training_set(campaign, runtime.home, engine)
         _log_materialized(context, campaign, report.plan)
-        return _training_set_result(asset, report)
+        return training_set_result(asset, report)
 
     return training_set
 
@@ -194,11 +243,26 @@ def _candidate(campaign: Campaign, candidate: Candidate) -> dg.AssetsDefinition:
                 "calibration": model.calibrator.method,
                 "training_rows": model.facts["rows"]["train"],
                 "folder": dg.MetadataValue.path(folder),
+                **_search_metadata(campaign, runtime, model.facts.get("search")),
             },
             check_results=[checked(asset, "saved_equals_memory", difference <= 1e-6, difference=difference)],
         )
 
     return candidate_model
+
+
+def _search_metadata(campaign: Campaign, runtime: Runtime, search: dict[str, Any] | None) -> dict[str, Any]:
+    """What a search for parameters found; nothing when there was none."""
+    if search is None:
+        return {}
+    model = search["study"].split("/")[1]
+    return {
+        "search_trials": search["trials"],
+        "search_log_loss_as_stated": _rounded(search["stated_log_loss"]),
+        "search_log_loss_best": _rounded(search["best_log_loss"]),
+        "search_study": f"{search['study']} in {runtime.home.root / 'optuna.db'}",
+        "search": dg.MetadataValue.md(inline_image(runtime.home.reports(campaign.name) / f"search_{model}.png")),
+    }
 
 
 def _evaluation(campaign: Campaign) -> dg.AssetsDefinition:
@@ -263,10 +327,12 @@ _KINDS = {
 
 def _rate_check(asset: dg.AssetKey, rows: int, converted: int) -> dg.AssetCheckResult:
     rate = converted / rows if rows else 0.0
-    return checked(asset, "outcome_rate", _RATE_LIMITS[0] <= rate <= _RATE_LIMITS[1], warn=True, rate=rate)
+    return checked(asset, "outcome_rate", RATE_LIMITS[0] <= rate <= RATE_LIMITS[1], warn=True, rate=rate)
 
 
-def _log_materialized(context: dg.AssetExecutionContext, campaign: Campaign, plan: list[SnapshotSplit]) -> None:
+def _log_materialized(
+    context: dg.AssetExecutionContext, campaign: EventCampaign, plan: Sequence[SnapshotSplit]
+) -> None:
     """The UI shows the snapshots that were computed on the way as materialized: they are."""
     for table in ("features", "labels"):
         for item in plan:
@@ -275,11 +341,10 @@ def _log_materialized(context: dg.AssetExecutionContext, campaign: Campaign, pla
                 context.log_event(event)
 
 
-def _training_set_result(asset: dg.AssetKey, report: TrainingSetReport) -> dg.MaterializeResult:
+def training_set_result(asset: dg.AssetKey, report: TrainingSetReport) -> dg.MaterializeResult:
+    """Rows of each split, with the results of the checks."""
     few = min(report.converted["train"], report.rows["train"] - report.converted["train"])
-    splits = [
-        {"split": s, "rows": report.rows[s], "converted": report.converted[s]} for s in ("train", "validate", "test")
-    ]
+    splits = [{"split": s, "rows": rows, "converted": report.converted[s]} for s, rows in report.rows.items()]
     rows, converted = sum(report.rows.values()), sum(report.converted.values())
     return dg.MaterializeResult(
         metadata={
@@ -292,8 +357,8 @@ def _training_set_result(asset: dg.AssetKey, report: TrainingSetReport) -> dg.Ma
         },
         check_results=[
             # publish_training_set raises LeakageError otherwise, and nothing is published.
-            checked(asset, "out_of_time", True, snapshots=len(report.plan)),
-            checked(asset, "enough_outcomes", few >= _FEW_OUTCOMES, warn=True, fewest=few),
+            *([checked(asset, "out_of_time", True, snapshots=len(report.plan))] if report.plan else []),
+            checked(asset, "enough_outcomes", few >= FEW_OUTCOMES, warn=True, fewest=few),
             _rate_check(asset, rows, converted),
         ],
     )

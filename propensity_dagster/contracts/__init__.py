@@ -1,5 +1,5 @@
 """One pandera schema per table: what a row of it promises."""
 
-from propensity_dagster.contracts.tables import entity_contract, scores_contract, stream_contract
+from propensity_dagster.contracts.tables import decision_contract, entity_contract, scores_contract, stream_contract
 
-__all__ = ["entity_contract", "scores_contract", "stream_contract"]
+__all__ = ["decision_contract", "entity_contract", "scores_contract", "stream_contract"]

@@ -9,14 +9,15 @@ from typing import Any
 
 import pandera.pandas as pa
 
-from propensity_dagster.campaign import Attribute, Campaign, Stream
+from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
+from propensity_dagster.campaign_sections import Attribute, Stream
 
 CENTS = 100
 THOUSANDTHS = 1000
 EARLIEST_CREATION = datetime(1900, 1, 1)
 
 
-def entity_contract(campaign: Campaign, types: dict[str, str], newest: date) -> pa.DataFrameSchema:
+def entity_contract(campaign: EventCampaign, types: dict[str, str], newest: date) -> pa.DataFrameSchema:
     """Customers, after coercion. `types` says which attributes are numbers and which categories."""
     before = datetime.combine(newest + timedelta(days=1), datetime.min.time())
     columns: dict[str, Any] = {
@@ -33,7 +34,7 @@ def entity_contract(campaign: Campaign, types: dict[str, str], newest: date) -> 
     return pa.DataFrameSchema(columns, strict=True, name="entities")
 
 
-def stream_contract(campaign: Campaign, stream: Stream, first: date, last: date) -> pa.DataFrameSchema:
+def stream_contract(campaign: EventCampaign, stream: Stream, first: date, last: date) -> pa.DataFrameSchema:
     """Events of one log, after coercion, with days from `first` to `last` inclusive."""
     start = datetime.combine(first, datetime.min.time())
     end = datetime.combine(last + timedelta(days=1), datetime.min.time())
@@ -67,6 +68,21 @@ def stream_contract(campaign: Campaign, stream: Stream, first: date, last: date)
     if stream.ingested_at:
         columns["ingested_at"] = pa.Column("datetime64[us]", nullable=False, description="when it arrived, UTC")
     return pa.DataFrameSchema(columns, strict=True, name="events")
+
+
+def decision_contract(campaign: TableCampaign, types: dict[str, str], *, labelled: bool) -> pa.DataFrameSchema:
+    """Past decisions, after coercion, or (not `labelled`) rows to score, one per key."""
+    columns: dict[str, Any] = {
+        campaign.key: pa.Column(str, nullable=False, unique=not labelled, description="entity key, as text"),
+        "position": pa.Column("int64", nullable=False, description="number of the row in the source, from 1"),
+    }
+    if labelled and campaign.source.order not in (None, "file"):
+        columns["decided_at"] = pa.Column("datetime64[us]", nullable=False, description="when it was decided, UTC")
+    for name, kind in types.items():
+        columns[name] = _attribute_column(kind, campaign.attributes.get(name, Attribute()))
+    if labelled:
+        columns["converted"] = pa.Column(bool, nullable=False, description="whether the outcome was positive")
+    return pa.DataFrameSchema(columns, strict=True, name="decisions")
 
 
 def scores_contract(campaign: Campaign) -> pa.DataFrameSchema:

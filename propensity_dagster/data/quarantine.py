@@ -67,4 +67,6 @@ def _type_name(column: Any) -> str:
     kind = str(column.dtype)
     if kind.startswith("datetime"):
         return "time"
+    if kind == "bool":
+        return "known outcome"
     return "text" if kind.startswith("str") else "finite number"

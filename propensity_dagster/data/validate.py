@@ -17,7 +17,8 @@ from typing import Any
 import ibis
 import pyarrow.parquet as pq
 
-from propensity_dagster.campaign import Campaign, Stream
+from propensity_dagster.campaign import Campaign, EventCampaign
+from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.contracts import entity_contract, stream_contract
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
@@ -32,7 +33,7 @@ from propensity_dagster.errors import DataContractError
 logger = logging.getLogger(__name__)
 
 _RAW = "raw__"
-_NUMBER_SHARE = 0.95
+NUMBER_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ValidationReport:
 
 
 def validate_stream(
-    campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine
+    campaign: EventCampaign, name: str, first: date, last: date, home: Home, engine: Engine
 ) -> ValidationReport:
     """Split `raw_<name>` of these days into `validated_<name>` and `quarantine_<name>`.
 
@@ -80,13 +81,10 @@ def validate_stream(
     files = lake.existing_days(f"raw_{name}", days)
     unplaced = lake.partition(f"raw_{name}", "day", UNPLACED)
     calendar = campaign_calendar(campaign)
-    contract = stream_contract(campaign, stream, calendar.first, calendar.last or date.today())
-    raw = engine.read([*files, unplaced])
-    row, uncoerced = _coerce_stream(campaign, name, stream, raw)
-    reason = reason_for(row, contract, uncoerced)
-    row = row.mutate(reason=reason)
+    contract = stream_contract(campaign, stream, calendar.first, calendar.newest)
+    row = judge_stream(campaign, name, engine.read([*files, unplaced]))
     inside = row.time.notnull() & (row.day >= day_index(first)) & (row.day <= day_index(last))
-    in_calendar = (row.day >= day_index(calendar.first)) & (row.day <= day_index(calendar.last or date.today()))
+    in_calendar = (row.day >= day_index(calendar.first)) & (row.day <= day_index(calendar.newest))
     # A row of the unplaced file has no day in the calendar; anything else would be another run's row.
     row = row.filter(inside | row.day.isnull() | ~in_calendar)
     row = row.mutate(day=ibis.ifelse(inside, row.day, ibis.null().cast("int32")))
@@ -109,8 +107,8 @@ def validate_stream(
     rows_by_day = dict(zip(days, rows_of_each(files), strict=True))
     reasons = _reasons(engine, checked)
     where = lake.root / f"quarantine_{name}"
-    _require_fraction(campaign, name, sum(bad_by_day.values()), sum(rows_by_day.values()), reasons, where)
-    _require_fraction(campaign, name, bad_unplaced, source_rows(lake, name), reasons, where / f"day={UNPLACED}")
+    require_few_bad_rows(campaign, name, sum(bad_by_day.values()), sum(rows_by_day.values()), reasons, where)
+    require_few_bad_rows(campaign, name, bad_unplaced, source_rows(lake, name), reasons, where / f"day={UNPLACED}")
 
     good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0))
     good = good.select("day", *contract.columns)
@@ -135,11 +133,11 @@ def validate_stream(
     return report
 
 
-def stream_violations(campaign: Campaign, name: str, first: date, last: date, home: Home, engine: Engine) -> int:
+def stream_violations(campaign: EventCampaign, name: str, first: date, last: date, home: Home, engine: Engine) -> int:
     """How many rows of `validated_<name>` break the contract: the check reads what was published."""
     stream = campaign.source.streams[name]
     calendar = campaign_calendar(campaign)
-    contract = stream_contract(campaign, stream, calendar.first, calendar.last or date.today())
+    contract = stream_contract(campaign, stream, calendar.first, calendar.newest)
     table = engine.read(home.lake(campaign.name).existing_days(f"validated_{name}", days_between(first, last)))
     if stream.id and not stream.lines:  # ids are unique within a day: see `validate_stream`
         contract = contract.update_column("event_id", unique=False)
@@ -153,7 +151,7 @@ def stream_violations(campaign: Campaign, name: str, first: date, last: date, ho
     return int(broken["n"][0].as_py()) + twice
 
 
-def validate_entities(campaign: Campaign, home: Home, engine: Engine) -> ValidationReport:
+def validate_entities(campaign: EventCampaign, home: Home, engine: Engine) -> ValidationReport:
     """Split `raw_<table>` into `validated_<table>` and `quarantine_<table>`.
 
     Of customers with one key the one created first is kept; an equal row is a duplicate, a different one is
@@ -165,11 +163,9 @@ def validate_entities(campaign: Campaign, home: Home, engine: Engine) -> Validat
     table_name = require_entity_table(campaign)
     lake = home.lake(campaign.name)
     raw = engine.read(lake.existing(f"raw_{table_name}"))
-    types = _attribute_types(campaign, raw, engine)
-    row, uncoerced = _coerce_entities(campaign, raw, types)
-    calendar = campaign_calendar(campaign)
-    contract = entity_contract(campaign, types, calendar.last or date.today())
-    row = row.mutate(reason=reason_for(row, contract, uncoerced))
+    types = attribute_types(campaign, raw, engine)
+    contract = entity_contract(campaign, types, campaign_calendar(campaign).newest)
+    row = judge_entities(campaign, raw, types)
     raw_columns = [c for c in row.columns if c.startswith(_RAW)]
     row = _mark_duplicates(row, raw_columns, raw_columns)
     clean = row.reason.isnull() & (row.duplicate == 0)
@@ -188,7 +184,7 @@ def validate_entities(campaign: Campaign, home: Home, engine: Engine) -> Validat
     publish_table(bad, lake.file(f"quarantine_{table_name}"))
     total = pq.read_metadata(lake.file(f"raw_{table_name}")).num_rows
     where = lake.file(f"quarantine_{table_name}")
-    _require_fraction(campaign, table_name, bad.num_rows, total, _reasons(engine, checked), where)
+    require_few_bad_rows(campaign, table_name, bad.num_rows, total, _reasons(engine, checked), where)
     good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0)).select(*contract.columns)
     data = engine.arrow(good.order_by(campaign.key))
     publish_table(data, lake.file(f"validated_{table_name}"))
@@ -202,16 +198,34 @@ def validate_entities(campaign: Campaign, home: Home, engine: Engine) -> Validat
     return report
 
 
-def entity_violations(campaign: Campaign, home: Home, engine: Engine) -> int:
+def entity_violations(campaign: EventCampaign, home: Home, engine: Engine) -> int:
     """How many rows of the validated customer table break the contract."""
     table = engine.read(home.lake(campaign.name).existing(f"validated_{require_entity_table(campaign)}"))
     types = {n: "number" if table[n].type().is_numeric() else "category" for n in campaign.source.entities.attributes}
     calendar = campaign_calendar(campaign)
-    contract = entity_contract(campaign, types, calendar.last or date.today())
+    contract = entity_contract(campaign, types, calendar.newest)
     return int(engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))["n"][0].as_py())
 
 
-def _coerce_stream(campaign: Campaign, name: str, stream: Stream, raw: ibis.Table) -> tuple[ibis.Table, dict[str, Any]]:
+def judge_stream(campaign: EventCampaign, name: str, raw: ibis.Table) -> ibis.Table:
+    """Raw rows of an event log with their coerced columns, `day`, and `reason`: null for a good row."""
+    calendar = campaign_calendar(campaign)
+    stream = campaign.source.streams[name]
+    contract = stream_contract(campaign, stream, calendar.first, calendar.newest)
+    row, uncoerced = _coerce_stream(campaign, name, stream, raw)
+    return row.mutate(reason=reason_for(row, contract, uncoerced))
+
+
+def judge_entities(campaign: EventCampaign, raw: ibis.Table, types: dict[str, str]) -> ibis.Table:
+    """Raw rows of the customer table with their coerced columns and `reason`."""
+    contract = entity_contract(campaign, types, campaign_calendar(campaign).newest)
+    row, uncoerced = _coerce_entities(campaign, raw, types)
+    return row.mutate(reason=reason_for(row, contract, uncoerced))
+
+
+def _coerce_stream(
+    campaign: EventCampaign, name: str, stream: Stream, raw: ibis.Table
+) -> tuple[ibis.Table, dict[str, Any]]:
     table = raw.rename({f"{_RAW}{c}": c for c in raw.columns})
     where = f"{campaign.file}: source.streams.{name}"
 
@@ -243,7 +257,9 @@ def _coerce_stream(campaign: Campaign, name: str, stream: Stream, raw: ibis.Tabl
     return coerced, _lost_values(coerced, columns)
 
 
-def _coerce_entities(campaign: Campaign, raw: ibis.Table, types: dict[str, str]) -> tuple[ibis.Table, dict[str, Any]]:
+def _coerce_entities(
+    campaign: EventCampaign, raw: ibis.Table, types: dict[str, str]
+) -> tuple[ibis.Table, dict[str, Any]]:
     entities = campaign.source.entities
     table = raw.rename({f"{_RAW}{c}": c for c in raw.columns})
     key, created = table[f"{_RAW}{entities.key}"], table[f"{_RAW}{entities.created_at}"]
@@ -268,7 +284,7 @@ def _lost_values(coerced: ibis.Table, columns: dict[str, tuple[Any, Any]]) -> di
     }
 
 
-def _attribute_types(campaign: Campaign, raw: ibis.Table, engine: Engine) -> dict[str, str]:
+def attribute_types(campaign: EventCampaign, raw: ibis.Table, engine: Engine) -> dict[str, str]:
     """Declared types; else numbers where the source's column is one, or text that nearly always reads as one."""
     types: dict[str, str] = {}
     for name, attribute in campaign.source.entities.attributes.items():
@@ -278,7 +294,7 @@ def _attribute_types(campaign: Campaign, raw: ibis.Table, engine: Engine) -> dic
             present = raw.filter(coerce.category(raw[name]).notnull())
             counts = present.aggregate(n=present.count(), numbers=coerce.number(present[name]).count())
             found = engine.arrow(counts).to_pylist()[0]
-            is_number = found["n"] and found["numbers"] >= _NUMBER_SHARE * found["n"]
+            is_number = found["n"] and found["numbers"] >= NUMBER_SHARE * found["n"]
             types[name] = "number" if is_number else "category"
         else:
             types[name] = "number" if raw[name].type().is_numeric() else "category"
@@ -315,9 +331,14 @@ def _reasons(engine: Engine, checked: ibis.Table) -> dict[str, int]:
     return {row[REASON]: row["n"] for row in counts.to_pylist()}
 
 
-def _require_fraction(
+def require_few_bad_rows(
     campaign: Campaign, name: str, bad: int, total: int, reasons: dict[str, int], where: Path
 ) -> None:
+    """Raise when the share of bad rows is above the campaign's `max_bad_fraction`.
+
+    Raises:
+        DataContractError: with the most frequent reasons.
+    """
     if total and bad > campaign.max_bad_fraction * total:
         raise DataContractError(
             f"{campaign.file}: {name}: {bad:,} of {total:,} rows ({bad / total:.1%}) break the contract, "

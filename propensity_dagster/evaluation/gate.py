@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from propensity_dagster.campaign import Gate
+from propensity_dagster.campaign_sections import Gate
 from propensity_dagster.evaluation.bootstrap import Floats, lower_bound, upper_bound
 
 CONSTANT = "constant"

@@ -1,9 +1,14 @@
 """Out-of-time splits. Belongs here: which snapshot is in which split, and the proof that none overlaps."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-from propensity_dagster.campaign import Campaign
+import numpy as np
+from numpy.typing import NDArray
+
+from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.errors import InsufficientDataError, LeakageError
 
 TRAIN, VALIDATE, TEST, EMBARGO = "train", "validate", "test", "embargo"
@@ -19,7 +24,7 @@ class SnapshotSplit:
     outcome_end: date
 
 
-def plan_splits(campaign: Campaign, newest: date, first_day: date) -> list[SnapshotSplit]:
+def plan_splits(campaign: EventCampaign, newest: date, first_day: date) -> list[SnapshotSplit]:
     """Assign the snapshots of the campaign's grid, oldest first, embargoed ones included.
 
     Counted back from `newest`: test snapshots, then an embargo until an outcome window ends at or before the
@@ -75,6 +80,12 @@ def require_out_of_time(plan: list[SnapshotSplit]) -> None:
             )
 
 
-def _assign(campaign: Campaign, snapshot: date, split: str) -> SnapshotSplit:
+def _assign(campaign: EventCampaign, snapshot: date, split: str) -> SnapshotSplit:
     start = snapshot + timedelta(days=campaign.outcome.gap_days)
     return SnapshotSplit(snapshot, split, start, start + timedelta(days=campaign.outcome.horizon_days))
+
+
+def hash_fractions(keys: Sequence[str], salt: str = "split") -> NDArray[np.float64]:
+    """A number in [0, 1) for each key, the same on every machine and in every year; another one for another salt."""
+    digests = (hashlib.blake2b(f"{salt}:{key}".encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.float64) / 2.0**64

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from propensity_dagster.campaign import Value
+from propensity_dagster.campaign_sections import Value
 from propensity_dagster.evaluation.bootstrap import Estimate
 from propensity_dagster.evaluation.metrics import Floats, Weighted
 

@@ -19,7 +19,8 @@ from typing import Any
 import ibis
 import sqlglot.expressions as sge
 
-from propensity_dagster.campaign import Campaign, Stream
+from propensity_dagster.campaign import EventCampaign
+from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
 from propensity_dagster.data.days import days_between, publish_days
@@ -44,7 +45,7 @@ class ActivityReport:
     rows_by_day: dict[date, int]
 
 
-def build_activity(campaign: Campaign, first: date, last: date, home: Home, engine: Engine) -> ActivityReport:
+def build_activity(campaign: EventCampaign, first: date, last: date, home: Home, engine: Engine) -> ActivityReport:
     """Aggregate the validated events of these days into `activity` and `activity_categories`."""
     lake = home.lake(campaign.name)
     days = days_between(first, last)
@@ -74,7 +75,7 @@ def build_activity(campaign: Campaign, first: date, last: date, home: Home, engi
     return ActivityReport(sum(rows.values()), counted, read, rows)
 
 
-def daily_activity(campaign: Campaign, events: dict[str, ibis.Table], engine: Engine) -> ibis.Table:
+def daily_activity(campaign: EventCampaign, events: dict[str, ibis.Table], engine: Engine) -> ibis.Table:
     """The activity table of these validated events."""
     parts = [_stream_activity(campaign, name, table, engine) for name, table in events.items()]
     columns = activity_columns(campaign)
@@ -94,7 +95,7 @@ def daily_activity(campaign: Campaign, events: dict[str, ibis.Table], engine: En
     return united.group_by([campaign.key, "day", "known_day"]).aggregate(**totals)
 
 
-def daily_categories(campaign: Campaign, events: dict[str, ibis.Table]) -> ibis.Table | None:
+def daily_categories(campaign: EventCampaign, events: dict[str, ibis.Table]) -> ibis.Table | None:
     """Distinct (key, day, known_day, feature, value), or None where no stream has categories."""
     parts: list[ibis.Table] = []
     for name, stream in campaign.source.streams.items():
@@ -111,7 +112,7 @@ def daily_categories(campaign: Campaign, events: dict[str, ibis.Table]) -> ibis.
     return ibis.union(*parts) if len(parts) > 1 else parts[0]
 
 
-def activity_columns(campaign: Campaign) -> list[str]:
+def activity_columns(campaign: EventCampaign) -> list[str]:
     """Measure columns of the activity table, in order."""
     columns: list[str] = []
     for name, stream in campaign.source.streams.items():
@@ -125,7 +126,7 @@ def activity_columns(campaign: Campaign) -> list[str]:
     return [*columns, "outcome_count"]
 
 
-def _stream_activity(campaign: Campaign, name: str, table: ibis.Table, engine: Engine) -> ibis.Table:
+def _stream_activity(campaign: EventCampaign, name: str, table: ibis.Table, engine: Engine) -> ibis.Table:
     stream = campaign.source.streams[name]
     rows = _one_row_an_event(campaign, name, _flag_outcomes(campaign, name, table, engine))
     measures: dict[str, Any] = {_count(name): rows.count()}
@@ -147,7 +148,7 @@ def _stream_activity(campaign: Campaign, name: str, table: ibis.Table, engine: E
     return grouped.aggregate(**{c: m.cast("int64") for c, m in measures.items()})
 
 
-def _one_row_an_event(campaign: Campaign, name: str, table: ibis.Table) -> ibis.Table:
+def _one_row_an_event(campaign: EventCampaign, name: str, table: ibis.Table) -> ibis.Table:
     """Events with their days; the lines of one event are summed."""
     stream = campaign.source.streams[name]
     rows = _with_days(stream, table)
@@ -168,7 +169,7 @@ def _with_days(stream: Stream, table: ibis.Table) -> ibis.Table:
     return table.mutate(day=day, known_day=known)
 
 
-def _flag_outcomes(campaign: Campaign, name: str, table: ibis.Table, engine: Engine) -> ibis.Table:
+def _flag_outcomes(campaign: EventCampaign, name: str, table: ibis.Table, engine: Engine) -> ibis.Table:
     """Adds `is_outcome` (0 or 1) to the outcome's stream. The condition reads the names of the campaign file."""
     if name != campaign.outcome.stream:
         return table

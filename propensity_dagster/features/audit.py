@@ -10,7 +10,7 @@ from datetime import date
 
 import ibis
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.features.build import entity_table
@@ -25,7 +25,7 @@ class FeaturesAudit:
     from_the_future: int
 
 
-def audit_features(campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine) -> FeaturesAudit:
+def audit_features(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> FeaturesAudit:
     """Look for repeated keys and for what could not have been known, in every snapshot."""
     repeated, future = 0, 0
     entities = engine.read(home.lake(campaign.name).existing(entity_table(campaign)))
@@ -45,7 +45,7 @@ def audit_features(campaign: Campaign, snapshots: Sequence[date], home: Home, en
     return FeaturesAudit(repeated, future)
 
 
-def audit_labels(campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine) -> int:
+def audit_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> int:
     """Number of keys that only labels or only features have."""
     unmatched = 0
     for snapshot in snapshots:
@@ -57,5 +57,5 @@ def audit_labels(campaign: Campaign, snapshots: Sequence[date], home: Home, engi
     return unmatched
 
 
-def _published(campaign: Campaign, table: str, snapshot: date, home: Home, engine: Engine) -> ibis.Table:
+def _published(campaign: EventCampaign, table: str, snapshot: date, home: Home, engine: Engine) -> ibis.Table:
     return engine.read(home.lake(campaign.name).existing_partition(table, "snapshot", snapshot))

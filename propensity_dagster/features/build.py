@@ -18,7 +18,8 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow.parquet as pq
 
-from propensity_dagster.campaign import Campaign, Stream
+from propensity_dagster.campaign import EventCampaign
+from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.data import coerce
 from propensity_dagster.data.days import day_index, days_between
 from propensity_dagster.data.engine import Engine
@@ -46,7 +47,7 @@ class Inputs:
     features: list[Feature]
 
 
-def build_features(campaign: Campaign, inputs: Inputs, *, as_of: AsOf) -> ibis.Table:
+def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> ibis.Table:
     """Features of every eligible entity at snapshot `as_of`, one row each, sorted by key."""
     cut = _day(as_of) - campaign.source.late_days
     known = inputs.activity.filter((inputs.activity.known_day < _day(as_of)) & (inputs.activity.day < cut))
@@ -63,7 +64,7 @@ def build_features(campaign: Campaign, inputs: Inputs, *, as_of: AsOf) -> ibis.T
     return eligible.select(campaign.key, **columns).order_by(campaign.key)
 
 
-def build_labels(campaign: Campaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf) -> ibis.Table:
+def build_labels(campaign: EventCampaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf) -> ibis.Table:
     """Whether each entity of `scored` converted in the outcome window of snapshot `as_of`, sorted by key."""
     start = _day(as_of) + campaign.outcome.gap_days
     end = start + campaign.outcome.horizon_days
@@ -74,24 +75,24 @@ def build_labels(campaign: Campaign, activity: ibis.Table, scored: ibis.Table, *
     return joined.select(campaign.key, converted=count > 0, outcome_count=count).order_by(campaign.key)
 
 
-def is_mature(campaign: Campaign, newest: date, *, as_of: date) -> bool:
+def is_mature(campaign: EventCampaign, newest: date, *, as_of: date) -> bool:
     """Whether the whole outcome window, and the days events may be late, lie before the newest event day."""
     return as_of + timedelta(days=campaign.outcome_end_days + campaign.source.late_days) <= newest
 
 
-def newest_mature(campaign: Campaign, home: Home) -> date:
+def newest_mature(campaign: EventCampaign, home: Home) -> date:
     """The newest snapshot whose labels exist."""
     newest = newest_event_day(campaign, home)
     return newest - timedelta(days=campaign.outcome_end_days + campaign.source.late_days)
 
 
-def entity_table(campaign: Campaign) -> str:
+def entity_table(campaign: EventCampaign) -> str:
     """Lake table of the entities: the validated customer table, or the one derived from a stream."""
     table = campaign.source.entities.table
     return f"validated_{table}" if table else ENTITIES
 
 
-def derive_entities(campaign: Campaign, home: Home, engine: Engine) -> int:
+def derive_entities(campaign: EventCampaign, home: Home, engine: Engine) -> int:
     """Everybody seen in the entity stream becomes an entity, created with the first event. Returns the number.
 
     Attributes are those of the first event, so that they too were known at creation.
@@ -113,7 +114,7 @@ def derive_entities(campaign: Campaign, home: Home, engine: Engine) -> int:
 
 
 def open_inputs(
-    campaign: Campaign, home: Home, engine: Engine, *, first: date, last: date, with_outcomes: bool
+    campaign: EventCampaign, home: Home, engine: Engine, *, first: date, last: date, with_outcomes: bool
 ) -> Inputs:
     """The entities and the activity that snapshots from `first` to `last` need.
 
@@ -143,7 +144,7 @@ def open_inputs(
     return Inputs(entities, activity, categories, campaign_features(campaign, entities))
 
 
-def campaign_features(campaign: Campaign, entities: ibis.Table) -> list[Feature]:
+def campaign_features(campaign: EventCampaign, entities: ibis.Table) -> list[Feature]:
     """The feature list, with attribute types as they were found in the data."""
     types = {
         name: "number" if entities[name].type().is_numeric() else "category"
@@ -152,7 +153,7 @@ def campaign_features(campaign: Campaign, entities: ibis.Table) -> list[Feature]
     return define_features(campaign, types)
 
 
-def _window(campaign: Campaign, known: ibis.Table, start: Any, suffix: str) -> ibis.Table:
+def _window(campaign: EventCampaign, known: ibis.Table, start: Any, suffix: str) -> ibis.Table:
     """One narrow group-by: half the cost of one wide group-by over all windows."""
     rows = known.filter(known.day >= start)
     sums = _totals(campaign, rows, suffix)
@@ -169,7 +170,7 @@ def _active_days(rows: ibis.Table, name: str, stream: Stream) -> Any:
     return rows.day.nunique(where=active) if stream.ingested_at else active.sum().cast("int64")
 
 
-def _lifetime(campaign: Campaign, rows: ibis.Table) -> ibis.Table:
+def _lifetime(campaign: EventCampaign, rows: ibis.Table) -> ibis.Table:
     columns = _totals(campaign, rows, ALL)
     for name, stream in campaign.source.streams.items():
         happened = rows[f"{name}__count"] > 0
@@ -180,7 +181,7 @@ def _lifetime(campaign: Campaign, rows: ibis.Table) -> ibis.Table:
     return rows.group_by(campaign.key).aggregate(**columns)
 
 
-def _totals(campaign: Campaign, rows: ibis.Table, suffix: str) -> dict[str, Any]:
+def _totals(campaign: EventCampaign, rows: ibis.Table, suffix: str) -> dict[str, Any]:
     return {
         f"{column}_{suffix}": rows[column].max() if column.endswith("_max") else rows[column].sum().cast("int64")
         for column in activity_columns(campaign)
@@ -188,7 +189,7 @@ def _totals(campaign: Campaign, rows: ibis.Table, suffix: str) -> dict[str, Any]
     }
 
 
-def _rhythm(campaign: Campaign, recent: ibis.Table, name: str) -> ibis.Table:
+def _rhythm(campaign: EventCampaign, recent: ibis.Table, name: str) -> ibis.Table:
     """Number, sum and sum of squares of the days between consecutive days with events."""
     days = recent.filter(recent[f"{name}__count"] > 0).select(campaign.key, "day").distinct()
     previous = days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day"))
@@ -202,7 +203,7 @@ def _rhythm(campaign: Campaign, recent: ibis.Table, name: str) -> ibis.Table:
     )
 
 
-def _distinct(campaign: Campaign, categories: ibis.Table, *, as_of: AsOf) -> list[ibis.Table]:
+def _distinct(campaign: EventCampaign, categories: ibis.Table, *, as_of: AsOf) -> list[ibis.Table]:
     cut = _day(as_of) - campaign.source.late_days
     rows = categories.filter(
         (categories.day >= cut - campaign.longest_window)
@@ -218,7 +219,7 @@ def _distinct(campaign: Campaign, categories: ibis.Table, *, as_of: AsOf) -> lis
     ]
 
 
-def _known_entities(campaign: Campaign, entities: ibis.Table, *, as_of: AsOf) -> ibis.Table:
+def _known_entities(campaign: EventCampaign, entities: ibis.Table, *, as_of: AsOf) -> ibis.Table:
     attributes = {f"attribute__{name}": entities[name] for name in campaign.source.entities.attributes}
     created = coerce.day_number(entities.created_at)
     known = entities.select(campaign.key, created_day=created, **attributes)
@@ -229,7 +230,7 @@ def _known_entities(campaign: Campaign, entities: ibis.Table, *, as_of: AsOf) ->
     )
 
 
-def _eligible(campaign: Campaign, joined: ibis.Table, cut: Any, *, as_of: AsOf) -> Any:
+def _eligible(campaign: EventCampaign, joined: ibis.Table, cut: Any, *, as_of: AsOf) -> Any:
     rule = campaign.eligibility
     old_enough = joined.tenure_days >= rule.min_tenure_days
     if rule.active_within_days is None:

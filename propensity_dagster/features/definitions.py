@@ -15,7 +15,8 @@ from typing import Any
 
 import ibis.expr.types as ir
 
-from propensity_dagster.campaign import Campaign, Stream
+from propensity_dagster.campaign import EventCampaign
+from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.errors import ConfigError
 
@@ -35,7 +36,7 @@ class Feature:
     expression: Callable[[ir.Table], Any]
 
 
-def define_features(campaign: Campaign, attribute_types: dict[str, str]) -> list[Feature]:
+def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) -> list[Feature]:
     """Every feature of a campaign, in the order of the table's columns.
 
     Args:
@@ -70,7 +71,7 @@ def define_features(campaign: Campaign, attribute_types: dict[str, str]) -> list
     return features
 
 
-def features_markdown(campaign: Campaign, features: list[Feature]) -> str:
+def features_markdown(campaign: EventCampaign, features: list[Feature]) -> str:
     """The generated documentation of the features table."""
     alias = {target: name for name, target in campaign.features.names.items()}
     lines = [
@@ -87,7 +88,7 @@ def features_markdown(campaign: Campaign, features: list[Feature]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _stream_features(campaign: Campaign, name: str, stream: Stream) -> list[Feature]:
+def _stream_features(campaign: EventCampaign, name: str, stream: Stream) -> list[Feature]:
     features: list[Feature] = []
     windows = [*(f"{w}d" for w in campaign.features.windows_days), ALL]
     longest = f"{campaign.longest_window}d"

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import ROW_GROUP, Home, publish_table, publish_text, publishing
@@ -60,21 +61,20 @@ class LabelsReport:
 class TrainingSetReport:
     """What the training set holds. `shared_entities`: share of test entities that also are in training."""
 
-    plan: list[SnapshotSplit]
     rows: dict[str, int]
     converted: dict[str, int]
     shared_entities: float
-    newest_mature: date
+    plan: tuple[SnapshotSplit, ...] = ()
 
 
-def publish_features(campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine) -> FeaturesReport:
+def publish_features(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> FeaturesReport:
     """Compute and publish `features` of these snapshots, reading the activity once."""
     ordered = sorted(snapshots)
     inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False)
     return _publish_features(campaign, ordered, home, engine, _reused(inputs, ordered, engine, campaign))
 
 
-def publish_labels(campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine) -> LabelsReport:
+def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> LabelsReport:
     """Publish `labels` of these snapshots for the entities that their `features` hold.
 
     Raises:
@@ -91,7 +91,7 @@ def publish_labels(campaign: Campaign, snapshots: Sequence[date], home: Home, en
     return _publish_labels(campaign, ordered, home, engine, _reused(inputs, ordered, engine, campaign))
 
 
-def publish_training_set(campaign: Campaign, home: Home, engine: Engine) -> TrainingSetReport:
+def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) -> TrainingSetReport:
     """Plan the splits, publish features and labels of their snapshots, and join them into `training_set`.
 
     Raises:
@@ -113,7 +113,16 @@ def publish_training_set(campaign: Campaign, home: Home, engine: Engine) -> Trai
     labels = _publish_labels(campaign, used, home, engine, inputs)
     _require_both_outcomes(campaign, plan, labels)
     _join(campaign, plan, home, engine)
-    return _describe(campaign, plan, labels, home, engine, newest)
+    return _describe(campaign, plan, labels, home, engine)
+
+
+def shared_entities(key: str, training_set: Path, engine: Engine) -> float:
+    """Share of the test entities that are also among the training rows."""
+    table = engine.read(training_set)
+    train = table.filter(table.split == TRAIN).select(key).distinct()
+    test = table.filter(table.split == TEST).select(key).distinct()
+    both = engine.arrow(test.semi_join(train, key).aggregate(n=test[key].count()))["n"][0].as_py()
+    return both / engine.arrow(test.aggregate(n=test.count()))["n"][0].as_py()
 
 
 def snapshot_instant(snapshot: date) -> datetime:
@@ -121,11 +130,11 @@ def snapshot_instant(snapshot: date) -> datetime:
     return datetime(snapshot.year, snapshot.month, snapshot.day)
 
 
-def _newest_event(mature: date, campaign: Campaign) -> date:
+def _newest_event(mature: date, campaign: EventCampaign) -> date:
     return date.fromordinal(mature.toordinal() + campaign.outcome_end_days + campaign.source.late_days)
 
 
-def _reused(inputs: Inputs, snapshots: Sequence[date], engine: Engine, campaign: Campaign) -> Inputs:
+def _reused(inputs: Inputs, snapshots: Sequence[date], engine: Engine, campaign: EventCampaign) -> Inputs:
     """For several snapshots hold the activity in the engine, grouped by entity: one read, cheaper group-bys."""
     if len(snapshots) < 3:
         return inputs
@@ -135,7 +144,7 @@ def _reused(inputs: Inputs, snapshots: Sequence[date], engine: Engine, campaign:
 
 
 def _publish_features(
-    campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
+    campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
 ) -> FeaturesReport:
     lake = home.lake(campaign.name)
     query = engine.prepare(build_features(campaign, inputs, as_of=engine.day_variable()))
@@ -151,7 +160,7 @@ def _publish_features(
 
 
 def _publish_labels(
-    campaign: Campaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
+    campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
 ) -> LabelsReport:
     lake = home.lake(campaign.name)
     rows: dict[date, int] = {}
@@ -170,7 +179,7 @@ def _publish_labels(
     return LabelsReport(rows, converted)
 
 
-def _require_both_outcomes(campaign: Campaign, plan: list[SnapshotSplit], labels: LabelsReport) -> None:
+def _require_both_outcomes(campaign: EventCampaign, plan: list[SnapshotSplit], labels: LabelsReport) -> None:
     for split in sorted({s.split for s in plan} - {EMBARGO}):
         snapshots = [s.snapshot for s in plan if s.split == split]
         rows = sum(labels.rows_by_snapshot[s] for s in snapshots)
@@ -183,7 +192,7 @@ def _require_both_outcomes(campaign: Campaign, plan: list[SnapshotSplit], labels
             )
 
 
-def _join(campaign: Campaign, plan: list[SnapshotSplit], home: Home, engine: Engine) -> None:
+def _join(campaign: EventCampaign, plan: list[SnapshotSplit], home: Home, engine: Engine) -> None:
     """One file sorted by snapshot and key, written snapshot by snapshot: memory holds one at a time."""
     lake = home.lake(campaign.name)
     with publishing(lake.file(TRAINING_SET)) as temporary:
@@ -205,18 +214,17 @@ def _join(campaign: Campaign, plan: list[SnapshotSplit], home: Home, engine: Eng
 
 
 def _describe(
-    campaign: Campaign,
+    campaign: EventCampaign,
     plan: list[SnapshotSplit],
     labels: LabelsReport,
     home: Home,
     engine: Engine,
-    newest: date,
 ) -> TrainingSetReport:
     lake = home.lake(campaign.name)
     publish_table(
         pa.table(
             {
-                "snapshot": pa.array([s.snapshot for s in plan]),
+                "snapshot": pa.array([str(s.snapshot) for s in plan]),
                 "split": pa.array([s.split for s in plan]),
                 "outcome_start": pa.array([s.outcome_start for s in plan]),
                 "outcome_end": pa.array([s.outcome_end for s in plan]),
@@ -226,17 +234,10 @@ def _describe(
         ),
         lake.file(SPLITS),
     )
-    table = engine.read(lake.file(TRAINING_SET))
-    key = campaign.key
-    train = table.filter(table.split == TRAIN).select(key).distinct()
-    test = table.filter(table.split == TEST).select(key).distinct()
-    both = engine.arrow(test.semi_join(train, key).aggregate(n=test[key].count()))["n"][0].as_py()
-    total = engine.arrow(test.aggregate(n=test.count()))["n"][0].as_py()
     splits = sorted({s.split for s in plan} - {EMBARGO})
     return TrainingSetReport(
-        plan=plan,
+        plan=tuple(plan),
         rows={p: sum(labels.rows_by_snapshot[s.snapshot] for s in plan if s.split == p) for p in splits},
         converted={p: sum(labels.converted_by_snapshot[s.snapshot] for s in plan if s.split == p) for p in splits},
-        shared_entities=both / total,
-        newest_mature=newest,
+        shared_entities=shared_entities(campaign.key, lake.file(TRAINING_SET), engine),
     )

@@ -34,10 +34,17 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Fit:
-    """What an estimator gives: a scorer, and its log-odds (n,) on the validation rows, not fitted on them."""
+    """What an estimator gives.
+
+    Attributes:
+        scorer: the trained model.
+        validation_log_odds: its log-odds (n,) on the validation rows, which it was not fitted on.
+        rounds: trees or epochs after which the validation rows said stop; 0 where there are none.
+    """
 
     scorer: Scorer
     validation_log_odds: Floats
+    rounds: int = 0
 
 
 class Estimator(Protocol):
@@ -45,6 +52,10 @@ class Estimator(Protocol):
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
         """Learn from `train`."""
+        ...
+
+    def refit(self, train: Dataset, rounds: int) -> Scorer:
+        """Learn from `train` for that many rounds, with nothing held out."""
         ...
 
 

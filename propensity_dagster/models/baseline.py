@@ -1,7 +1,8 @@
-"""What a marketer would do without a model: the outcome rate of the RFM cell.
+"""What a marketer would do without a model: the outcome rate of a cell.
 
-Quintiles of recency, frequency and monetary value (Hughes, Strategic Database Marketing, 1994), fitted on
-training rows; each cell's rate is shrunk towards the overall rate by `prior_rows` rows of it.
+Event logs: the cell of recency, frequency and monetary value (Hughes, Strategic Database Marketing, 1994). Tables:
+the cell of the one column that tells most. Numbers are cut at the training rows' quintiles; each cell's rate is
+shrunk towards the overall rate by `prior_rows` rows of it.
 """
 
 from dataclasses import dataclass
@@ -12,28 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from propensity_dagster.models.base import Fit, RfmColumns, clipped_logit
-from propensity_dagster.models.calibration import Floats
-from propensity_dagster.models.dataset import Dataset
+from propensity_dagster.models.calibration import Floats, log_loss
+from propensity_dagster.models.dataset import CATEGORY, Dataset
 
 _QUINTILES = np.array([0.2, 0.4, 0.6, 0.8])
-_MISSING_CELL = 5
 
 
 @dataclass(frozen=True)
-class RfmScorer:
-    """Log-odds of cells: `edges` are the inner quintile edges of each column of `columns`."""
+class CellScorer:
+    """Log-odds of cells: `edges` are the inner edges of each column of `columns`."""
 
     columns: tuple[int, ...]
     edges: tuple[tuple[float, ...], ...]
     cell_log_odds: Floats
-    kind: ClassVar[str] = "rfm"
+    kind: ClassVar[str] = "cells"
 
     def log_odds(self, X: Floats) -> Floats:
         """Log-odds (n,) of each row's cell."""
-        return self.cell_log_odds[self._cells(X)]
-
-    def _cells(self, X: Floats) -> NDArray[np.int64]:
-        return rfm_cells(X, self.columns, self.edges)
+        return self.cell_log_odds[cells_of(X, self.columns, self.edges)]
 
     def save(self, folder: Path) -> dict[str, Any]:
         """All of it is JSON."""
@@ -51,36 +48,63 @@ class RfmScorer:
 
 
 @dataclass(frozen=True)
-class RfmBaseline:
-    """Estimator of `RfmScorer`."""
+class CellBaseline:
+    """Estimator of `CellScorer`: in the cells of `rfm`, or without it of the best single column."""
 
-    rfm: RfmColumns
+    rfm: RfmColumns | None
     prior_rows: float = 100.0
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
-        """Quintile edges and cell rates of the training rows."""
-        columns = tuple(train.contract.names.index(name) for name in self.rfm.names())
-        edges = tuple(_quintile_edges(train.X[:, c]) for c in columns)
-        cells = rfm_cells(train.X, columns, edges)
-        size = (_MISSING_CELL + 1) ** len(columns)
+        """Edges and cell rates of the training rows."""
+        scorer = self.refit(train, 0)
+        return Fit(scorer, scorer.log_odds(validate.X))
+
+    def refit(self, train: Dataset, rounds: int) -> CellScorer:
+        """The same: validation rows play no part."""
+        if self.rfm is not None:
+            columns = tuple(train.contract.names.index(name) for name in self.rfm.names())
+        else:
+            columns = (self._best_column(train),)
+        return self._rates(train, columns)
+
+    def _rates(self, train: Dataset, columns: tuple[int, ...]) -> CellScorer:
+        edges = tuple(_edges(train, c) for c in columns)
+        cells = cells_of(train.X, columns, edges)
+        size = int(np.prod([len(e) + 2 for e in edges]))
         rows = np.bincount(cells, minlength=size)
         converted = np.bincount(cells, weights=train.y, minlength=size)
         rate = (converted + self.prior_rows * train.y.mean()) / (rows + self.prior_rows)
-        scorer = RfmScorer(columns, edges, clipped_logit(rate))
-        return Fit(scorer, scorer.log_odds(validate.X))
+        return CellScorer(columns, edges, clipped_logit(rate))
+
+    def _best_column(self, train: Dataset) -> int:
+        """The column whose cells have the lowest log loss on entities that were not counted."""
+        counted, held = train.fold != 0, train.fold == 0
+        if counted.all() or held.all():
+            counted = held = np.ones(len(train.y), dtype=bool)
+        part = train.rows(counted)
+        losses = [
+            log_loss(self._rates(part, (column,)).log_odds(train.X[held]), train.y[held])
+            for column in range(len(train.contract.features))
+        ]
+        return int(np.argmin(losses))
 
 
-def rfm_cells(X: Floats, columns: tuple[int, ...], edges: tuple[tuple[float, ...], ...]) -> NDArray[np.int64]:
-    """Cell number (n,) of each row: base-6 digits, one per column, 5 for a missing value."""
+def cells_of(X: Floats, columns: tuple[int, ...], edges: tuple[tuple[float, ...], ...]) -> NDArray[np.int64]:
+    """Cell number (n,) of each row: a digit per column, its last value for a missing one."""
     cells = np.zeros(len(X), dtype=np.int64)
     for column, cuts in zip(columns, edges, strict=True):
         values = X[:, column]
-        quintile = np.searchsorted(np.array(cuts), values, side="right")
-        cells = cells * (_MISSING_CELL + 1) + np.where(np.isnan(values), _MISSING_CELL, quintile)
+        missing = len(cuts) + 1
+        digit = np.searchsorted(np.array(cuts), values, side="right")
+        cells = cells * (missing + 1) + np.where(np.isnan(values), missing, digit)
     return cells
 
 
-def _quintile_edges(values: Floats) -> tuple[float, ...]:
+def _edges(train: Dataset, column: int) -> tuple[float, ...]:
+    feature = train.contract.features[column]
+    if feature.kind == CATEGORY:  # a cell for each code
+        return tuple(code - 0.5 for code in range(1, len(feature.categories)))
+    values = train.X[:, column]
     present = values[~np.isnan(values)]
     if not len(present):
         return ()

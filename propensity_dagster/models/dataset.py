@@ -20,7 +20,7 @@ pc: Any = compute  # its functions are made at import, which no type checker see
 
 NUMBER, CATEGORY = "number", "category"
 MAX_CATEGORIES = 200
-NOT_FEATURES = frozenset({"snapshot", "split", "converted"})
+NOT_FEATURES = frozenset({"snapshot", "split", "fold", "converted"})
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,18 @@ class FeatureContract:
             matrix[:, i] = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
         return matrix
 
+    def unseen(self, rows: pa.Table | pa.RecordBatch) -> dict[str, int]:
+        """Per category feature, how many rows hold a value that training never saw; they count as missing."""
+        found: dict[str, int] = {}
+        for feature in self.features:
+            if feature.kind == CATEGORY and feature.name in rows.schema.names:
+                values = rows.column(feature.name).cast(pa.string()).drop_null()
+                known = pc.is_in(values, pa.array(feature.categories, pa.string()))
+                count = len(values) - (pc.sum(known).as_py() or 0)
+                if count:
+                    found[feature.name] = count
+        return found
+
     def to_json(self) -> list[dict[str, Any]]:
         """Plain data for the saved model."""
         return [{"name": f.name, "kind": f.kind, "categories": list(f.categories)} for f in self.features]
@@ -82,14 +94,14 @@ class FeatureContract:
         return cls(tuple(FeatureSpec(d["name"], d["kind"], tuple(d["categories"])) for d in data))
 
     @classmethod
-    def fit(cls, table: pa.Table, key: str) -> "FeatureContract":
-        """Every column but the key, snapshot, split and label; categories are those of these rows, sorted.
+    def fit(cls, table: pa.Table, key: str, protected: Sequence[str] = ()) -> "FeatureContract":
+        """Every column but the key, the protected, the split and the label; categories are those of these rows, sorted.
 
         Of more than 200 categories the most frequent are kept; the others count as missing.
         """
         specs: list[FeatureSpec] = []
         for field in table.schema:
-            if field.name == key or field.name in NOT_FEATURES:
+            if field.name in (key, *protected) or field.name in NOT_FEATURES:
                 continue
             if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
                 counts = pc.value_counts(table[field.name].combine_chunks().drop_null()).to_pylist()
@@ -109,10 +121,19 @@ class Dataset:
     fold: Ints
     contract: FeatureContract
 
+    def rows(self, chosen: NDArray[np.bool_]) -> "Dataset":
+        """The chosen (n,) rows."""
+        X = np.empty((int(chosen.sum()), self.X.shape[1]), order="F")
+        for column in range(self.X.shape[1]):  # column by column: the matrix is column-major
+            X[:, column] = self.X[chosen, column]
+        return Dataset(X, self.y[chosen], self.fold[chosen], self.contract)
 
-def read_split(file: Path, split: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one split of a training set."""
-    return pq.read_table(file, columns=list(columns) if columns else None, filters=[("split", "=", split)])
+
+def read_split(file: Path, split: str, fold: int | None = None) -> pa.Table:
+    """The rows of one split of a training set; with `fold`, as if that fold alone were the test rows."""
+    if fold is None:
+        return pq.read_table(file, filters=[("split", "=", split)])
+    return pq.read_table(file, filters=[("fold", "=" if split == "test" else "!=", fold)])
 
 
 def make_dataset(table: pa.Table, contract: FeatureContract, key: str) -> Dataset:

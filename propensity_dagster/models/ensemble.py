@@ -47,16 +47,24 @@ class EnsembleScorer:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A model to blend, and its raw log-odds (n,) on the validation rows, which it was not trained on."""
+
+    model: FittedModel
+    validation_log_odds: Floats
+
+
+@dataclass(frozen=True)
 class EnsembleEstimator:
     """Weights that minimise the validation log loss of members calibrated on the other folds."""
 
-    members: Sequence[FittedModel]
+    members: Sequence[Member]
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
         """Fit the weights; the members are trained already."""
         columns = np.column_stack(
             [
-                cross_fit(m.calibrator.method, m.scorer.log_odds(validate.X), validate.y, validate.fold)
+                cross_fit(m.model.calibrator.method, m.validation_log_odds, validate.y, validate.fold)
                 for m in self.members
             ]
         )
@@ -68,4 +76,4 @@ class EnsembleEstimator:
         start = np.full(len(self.members), 1 / len(self.members))
         result = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
         weights = tuple(float(w) if w > 1e-6 else 0.0 for w in result.x)
-        return Fit(EnsembleScorer(tuple(self.members), weights), columns @ np.array(weights))
+        return Fit(EnsembleScorer(tuple(m.model for m in self.members), weights), columns @ np.array(weights))

@@ -61,13 +61,17 @@ class LogisticRegressionEstimator:
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
         """Fit by Newton steps: few passes over many rows and some hundred columns."""
+        scorer = self.refit(train, 0)
+        return Fit(scorer, scorer.log_odds(validate.X))
+
+    def refit(self, train: Dataset, rounds: int) -> LinearScorer:
+        """The same: validation rows play no part."""
         from sklearn.linear_model import LogisticRegression
 
         scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
         model = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter, tol=1e-4)
         model.fit(_design(train.X, scaling, one_hot), train.y)
-        scorer = LinearScorer(scaling, one_hot, np.ravel(model.coef_), float(np.ravel(model.intercept_)[0]))
-        return Fit(scorer, scorer.log_odds(validate.X))
+        return LinearScorer(scaling, one_hot, np.ravel(model.coef_), float(np.ravel(model.intercept_)[0]))
 
 
 def _design(X: Floats, scaling: Scaling, one_hot: OneHot) -> Floats:

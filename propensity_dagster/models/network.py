@@ -1,6 +1,7 @@
 """A torch network with embeddings. Trained with torch, scored with numpy: serving never imports torch."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _FILE = "weights.npz"
 _CHUNK = 65_536
+_SMALLEST_BATCH, _STEPS = 64, 40
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,29 @@ class NeuralNetworkEstimator:
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
         """Train until the validation log loss has not fallen for `patience` epochs."""
+        best_loss, best, stale = np.inf, None, 0
+        held: tuple[Floats, Any] | None = None
+        for epoch, scorer in self._epochs(train, self.max_epochs):
+            held = held or (scorer.scaling.apply(validate.X), scorer.one_hot.codes(validate.X))
+            z = scorer.forward(*held)
+            loss = log_loss(z, validate.y)
+            logger.info("neural_network: epoch %d of %d, validation log loss %.5f", epoch, self.max_epochs, loss)
+            if loss < best_loss:
+                best_loss, best, stale = loss, Fit(scorer, z, epoch), 0
+            else:
+                stale += 1
+                if stale == self.patience:
+                    break
+        if best is None:
+            raise FloatingPointError("the network's validation loss was never a number: lower learning_rate")
+        return best
+
+    def refit(self, train: Dataset, rounds: int) -> NetworkScorer:
+        """Train for `rounds` epochs, on the same schedule of learning rates."""
+        return [scorer for _, scorer in self._epochs(train, min(rounds, self.max_epochs))][-1]
+
+    def _epochs(self, train: Dataset, epochs: int) -> Iterator[tuple[int, NetworkScorer]]:
+        """The network after each epoch."""
         import torch
 
         scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
@@ -100,40 +125,27 @@ class NeuralNetworkEstimator:
         numbers = torch.from_numpy(scaling.apply(train.X).astype(np.float32))
         codes = torch.from_numpy(one_hot.codes(train.X))
         labels = torch.from_numpy(train.y.astype(np.float32))
-        held_numbers, held_codes = scaling.apply(validate.X), one_hot.codes(validate.X)
         # The output starts at the base rate: the first epochs need not learn it.
         with torch.no_grad():
             network["layers"][-1].bias.fill_(float(np.log(train.y.mean() / (1 - train.y.mean()))))
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = -(-len(labels) // self.batch_rows)
+        # A small table must not be swallowed in two or three steps an epoch.
+        batch = min(self.batch_rows, max(_SMALLEST_BATCH, len(labels) // _STEPS))
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.learning_rate, total_steps=steps * self.max_epochs
+            optimizer, max_lr=self.learning_rate, total_steps=-(-len(labels) // batch) * self.max_epochs
         )
-        best_loss, best, stale = np.inf, None, 0
-        for epoch in range(self.max_epochs):
+        for epoch in range(1, epochs + 1):
             network.train()
             order = torch.randperm(len(labels))
-            for start in range(0, len(labels), self.batch_rows):
-                rows = order[start : start + self.batch_rows]
+            for start in range(0, len(labels), batch):
+                rows = order[start : start + batch]
                 z = self._forward(torch, network, numbers[rows], codes[rows], training=True)
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(z, labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            scorer = self._export(network, scaling, one_hot)
-            z = scorer.forward(held_numbers, held_codes)
-            held = log_loss(z, validate.y)
-            logger.info("neural_network: epoch %d of %d, validation log loss %.5f", epoch + 1, self.max_epochs, held)
-            if held < best_loss:
-                best_loss, best, stale = held, Fit(scorer, z), 0
-            else:
-                stale += 1
-                if stale == self.patience:
-                    break
-        if best is None:
-            raise FloatingPointError("the network's validation loss was never a number: lower learning_rate")
-        return best
+            yield epoch, self._export(network, scaling, one_hot)
 
     def _build(self, torch: Any, scaling: Scaling, one_hot: OneHot) -> Any:
         width = len(scaling.columns) + len(scaling.indicators) + self.embedding_width * len(one_hot.columns)

@@ -14,7 +14,7 @@ import numpy as np
 
 from propensity_dagster.errors import SavedModelError
 from propensity_dagster.models.base import FittedModel, Scorer
-from propensity_dagster.models.baseline import RfmScorer
+from propensity_dagster.models.baseline import CellScorer
 from propensity_dagster.models.calibration import Calibrator, Floats
 from propensity_dagster.models.dataset import FeatureContract
 from propensity_dagster.models.ensemble import EnsembleScorer
@@ -28,7 +28,7 @@ _TOLERANCE = 1e-9
 _MANIFEST, _MODEL = "manifest.json", "model.json"
 
 _SCORERS: dict[str, type[Scorer]] = {
-    scorer.kind: scorer for scorer in (RfmScorer, LinearScorer, TreesScorer, NetworkScorer, EnsembleScorer)
+    scorer.kind: scorer for scorer in (CellScorer, LinearScorer, TreesScorer, NetworkScorer, EnsembleScorer)
 }
 
 

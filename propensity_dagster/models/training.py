@@ -6,13 +6,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from propensity_dagster.campaign import Campaign, Candidate
+import numpy as np
+
+from propensity_dagster.campaign import Campaign, EventCampaign
+from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.errors import ConfigError
-from propensity_dagster.models.base import Estimator, FittedModel, RfmColumns
-from propensity_dagster.models.baseline import RfmBaseline
-from propensity_dagster.models.calibration import choose_calibrator
+from propensity_dagster.models.base import Estimator, Fit, FittedModel, RfmColumns
+from propensity_dagster.models.baseline import CellBaseline
+from propensity_dagster.models.calibration import Floats, choose_calibrator
 from propensity_dagster.models.dataset import Dataset, FeatureContract, make_dataset, read_split
-from propensity_dagster.models.ensemble import EnsembleEstimator
+from propensity_dagster.models.ensemble import EnsembleEstimator, Member
 from propensity_dagster.models.linear import LogisticRegressionEstimator
 from propensity_dagster.models.network import NeuralNetworkEstimator
 from propensity_dagster.models.trees import LightGBMEstimator
@@ -36,50 +39,75 @@ def train_candidate(
     campaign: Campaign,
     candidate: Candidate,
     train: Dataset,
-    validate: Dataset,
+    validate: Dataset | None,
     facts: dict[str, Any],
-    members: Sequence[FittedModel] = (),
-) -> FittedModel:
+    members: Sequence[Member] = (),
+) -> tuple[FittedModel, Floats]:
     """Train and calibrate one candidate.
 
     Args:
         campaign: gives the seed and the RFM columns.
         candidate: name and parameters.
         train: rows to learn from.
-        validate: rows for early stopping, calibration and blending.
+        validate: rows for early stopping, calibration and blending; None cross-validates the training rows.
         facts: what to keep with the model, such as its snapshot range.
         members: the models an ensemble blends.
+
+    Returns:
+        The model, and its raw log-odds on the validation rows (all training rows when cross-validated), none of
+        which was seen by the model that scored it.
 
     Raises:
         ConfigError: for parameters the estimator does not have.
     """
-    estimator = make_estimator(campaign, candidate, members)
-    fit = estimator.fit(train, validate)
-    calibrator, _, losses = choose_calibrator(fit.validation_log_odds, validate.y, validate.fold)
+    held = validate or train
+    if candidate.name == ENSEMBLE:
+        fit = EnsembleEstimator(members).fit(train, held)
+    elif validate is not None:
+        fit = make_estimator(campaign, candidate).fit(train, validate)
+    else:
+        fit = cross_validate(make_estimator(campaign, candidate), train)
+    calibrator, _, losses = choose_calibrator(fit.validation_log_odds, held.y, held.fold)
     logger.info(
         "%s: calibration %s, cross-validated log loss %.5f",
         candidate.name,
         calibrator.method,
         losses[calibrator.method],
     )
-    return FittedModel(
-        candidate.name,
-        train.contract,
-        fit.scorer,
-        calibrator,
-        {
-            **facts,
-            "params": candidate.params,
-            "rows": {"train": len(train.y), "validate": len(validate.y)},
-            "validation_log_loss": losses[calibrator.method],
-            "calibration_losses": losses,
-            "versions": {library: version(library) for library in _LIBRARIES},
-        },
-    )
+    known = {
+        **facts,
+        "params": candidate.params,
+        "rows": {"train": len(train.y), "validate": len(validate.y) if validate else 0},
+        "calibration_rate": float(held.y.mean()),
+        "validation_log_loss": losses[calibrator.method],
+        "calibration_losses": losses,
+        "versions": {library: version(library) for library in _LIBRARIES},
+    }
+    return FittedModel(candidate.name, train.contract, fit.scorer, calibrator, known), fit.validation_log_odds
 
 
-def make_estimator(campaign: Campaign, candidate: Candidate, members: Sequence[FittedModel]) -> Estimator:
-    """The estimator of a candidate.
+def cross_validate(estimator: Estimator, train: Dataset, *, refit: bool = True) -> Fit:
+    """Log-odds of every row by a model trained on the other folds of entities, and one model of all rows.
+
+    The last one has no rows held out: it is trained for as many rounds as the others needed on average.
+    """
+    out = np.empty(len(train.y))
+    rounds: list[int] = []
+    last: Any = None
+    folds = np.unique(train.fold)
+    for k in folds:
+        held = train.fold == k
+        fit = estimator.fit(train.rows(~held), train.rows(held))
+        out[held] = fit.validation_log_odds
+        rounds.append(fit.rounds)
+        last = fit.scorer
+    needed = round(float(np.mean(rounds)))
+    # Who only wants the scores of the folds is spared the last and longest training.
+    return Fit(estimator.refit(train, max(needed, 1)) if refit else last, out, needed)
+
+
+def make_estimator(campaign: Campaign, candidate: Candidate) -> Estimator:
+    """The estimator of a candidate that learns by itself: the ensemble does not.
 
     Raises:
         ConfigError: for parameters it does not have.
@@ -91,25 +119,34 @@ def make_estimator(campaign: Campaign, candidate: Candidate, members: Sequence[F
         params["hidden"] = tuple(params["hidden"])
     try:
         if candidate.name == BASELINE:
-            return RfmBaseline(rfm_columns(campaign), **params)
-        if candidate.name == ENSEMBLE:
-            return EnsembleEstimator(members, **params)
+            return CellBaseline(rfm_columns(campaign), **params)
         return ESTIMATORS[candidate.name](**params)
     except TypeError as error:
         raise ConfigError(f"{campaign.file}: models.{candidate.name}: {error}") from None
 
 
-def load_datasets(key: str, training_set: Path) -> tuple[Dataset, Dataset]:
-    """Training and validation rows of entities with this key; categories are those of the training rows."""
-    table = read_split(training_set, "train")
-    contract = FeatureContract.fit(table, key)
+def load_datasets(campaign: Campaign, training_set: Path, fold: int | None) -> tuple[Dataset, Dataset | None]:
+    """Training and validation rows; categories are those of the training rows.
+
+    Args:
+        campaign: gives the key and the columns that are not for models; only event logs have validation rows.
+        training_set: the file.
+        fold: the fold of rows to be left out for the test, where every row is tested once.
+    """
+    key = campaign.key
+    table = read_split(training_set, "train", fold)
+    contract = FeatureContract.fit(table, key, campaign.protected)
     train = make_dataset(table, contract, key)
+    if not isinstance(campaign, EventCampaign):
+        return train, None
     del table
     return train, make_dataset(read_split(training_set, "validate"), contract, key)
 
 
-def rfm_columns(campaign: Campaign) -> RfmColumns:
-    """Recency, frequency and monetary value of the outcome's stream."""
+def rfm_columns(campaign: Campaign) -> RfmColumns | None:
+    """Recency, frequency and monetary value of the outcome's stream; a table of decisions has none."""
+    if not isinstance(campaign, EventCampaign):
+        return None
     name = campaign.outcome.stream
     stream = campaign.source.streams[name]
     window = f"{campaign.longest_window}d"

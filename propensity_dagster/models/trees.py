@@ -60,7 +60,31 @@ class LightGBMEstimator:
         """Boost until the validation log loss has not fallen for `patience` rounds."""
         import lightgbm
 
-        params = {
+        params = self._params(train)
+        rows = lightgbm.Dataset(train.X, train.y, categorical_feature=train.contract.categorical, params=params)
+        held = lightgbm.Dataset(validate.X, validate.y, reference=rows, params=params)
+        booster = lightgbm.train(
+            params,
+            rows,
+            num_boost_round=self.max_rounds,
+            valid_sets=[held],
+            valid_names=["validation"],
+            callbacks=[lightgbm.early_stopping(self.patience, verbose=False), _log_progress(100)],
+        )
+        best = lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
+        scorer = TreesScorer(best)
+        return Fit(scorer, scorer.log_odds(validate.X), best.num_trees())
+
+    def refit(self, train: Dataset, rounds: int) -> TreesScorer:
+        """Boost for `rounds` rounds."""
+        import lightgbm
+
+        params = self._params(train)
+        rows = lightgbm.Dataset(train.X, train.y, categorical_feature=train.contract.categorical, params=params)
+        return TreesScorer(lightgbm.train(params, rows, num_boost_round=rounds))
+
+    def _params(self, train: Dataset) -> dict[str, Any]:
+        return {
             "objective": "binary",
             "metric": "binary_logloss",
             "learning_rate": self.learning_rate,
@@ -78,19 +102,6 @@ class LightGBMEstimator:
             "num_threads": os.cpu_count(),
             "verbosity": -1,
         }
-        rows = lightgbm.Dataset(train.X, train.y, categorical_feature=train.contract.categorical, params=params)
-        held = lightgbm.Dataset(validate.X, validate.y, reference=rows, params=params)
-        booster = lightgbm.train(
-            params,
-            rows,
-            num_boost_round=self.max_rounds,
-            valid_sets=[held],
-            valid_names=["validation"],
-            callbacks=[lightgbm.early_stopping(self.patience, verbose=False), _log_progress(100)],
-        )
-        best = lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
-        scorer = TreesScorer(best)
-        return Fit(scorer, scorer.log_odds(validate.X))
 
 
 def _log_progress(every: int) -> Any:

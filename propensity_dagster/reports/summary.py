@@ -10,7 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from propensity_dagster.campaign import SHIPPED, Campaign
+from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign
+from propensity_dagster.data.decisions import DECISIONS
 from propensity_dagster.data.lake import Home
 from propensity_dagster.evaluation.evaluate import ORACLE
 from propensity_dagster.evaluation.value import ContactPlan, plan_contacts
@@ -49,8 +50,7 @@ def _data(campaign: Campaign, home: Home) -> list[Any]:
     table = Table(title="Rows", title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in ("table", "read", "good", "quarantined", "duplicates"):
         table.add_column(column, justify="left" if column == "table" else "right")
-    names = [campaign.source.entities.table] if campaign.source.entities.table else []
-    for name in [*names, *campaign.source.streams]:
+    for name in _source_tables(campaign):
         counts = [_rows(lake.root / f"{stage}_{name}") for stage in ("raw", "validated", "quarantine")]
         read, good, bad = counts
         table.add_row(name, *(f"{n:,}" for n in (read, good, bad, read - good - bad)))
@@ -64,6 +64,13 @@ def _data(campaign: Campaign, home: Home) -> list[Any]:
         f"{counts['embargo']} embargoed): {rows:,} rows, {converted:,} converted ({converted / rows:.2%})"
     )
     return [table, Text(caption)]
+
+
+def _source_tables(campaign: Campaign) -> list[str]:
+    if not isinstance(campaign, EventCampaign):
+        return [DECISIONS]
+    entities = campaign.source.entities.table
+    return [*([entities] if entities else []), *campaign.source.streams]
 
 
 def _models(record: dict[str, Any]) -> Table:

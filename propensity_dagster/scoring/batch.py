@@ -1,7 +1,7 @@
 """Batch scoring of one snapshot. Memory does not grow with the number of customers.
 
-First pass: features stream through in Arrow batches into a matrix filled column by column, probabilities go
-to a temporary file. Second pass: exact global percentiles over the scores alone, by the engine's external
+First pass: features stream through in Arrow batches into a matrix filled column by column, log-odds go to a
+temporary file. Second pass: exact global percentiles over the scores alone, by the engine's external
 sort, then the finished table.
 """
 
@@ -19,6 +19,7 @@ import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import expit
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.contracts import scores_contract
@@ -27,6 +28,7 @@ from propensity_dagster.data.lake import Home, publishing
 from propensity_dagster.data.quarantine import count_violations
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.prior import LogOddsHistogram
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +37,25 @@ SCORES = "scores"
 
 @dataclass(frozen=True)
 class ScoresReport:
-    """What was published. `rows_in` counts feature rows, `rows` score rows: they must be equal."""
+    """What was published.
+
+    Attributes:
+        rows_in: feature rows.
+        rows: score rows; they must be as many.
+        mean_probability: mean of the published probabilities.
+        smallest: the smallest of them.
+        largest: the largest.
+        prior_shift: what was added to all log-odds to suit these rows (see models/prior.py).
+        unseen: per feature, rows with a category that training never saw; they count as missing.
+    """
 
     rows_in: int
     rows: int
     mean_probability: float
     smallest: float
     largest: float
+    prior_shift: float
+    unseen: dict[str, int]
 
     @property
     def constant(self) -> bool:
@@ -77,14 +91,17 @@ def score_snapshot(
     target = lake.partition(SCORES, "snapshot", snapshot)
     with tempfile.TemporaryDirectory(prefix="propensity-scores-") as scratch:
         raw = Path(scratch) / "probabilities.parquet"
-        rows_in = _write_probabilities(campaign, features, model, raw)
+        first = _write_log_odds(campaign, features, model, raw)
+        rows_in, shift = first.rows, 0.0
+        if campaign.prior.adapt:
+            shift = first.histogram.shift(model.facts["calibration_rate"], campaign.prior.max_odds_ratio)
         ranked = engine.read(raw)
-        ranked = ranked.mutate(percentile=ibis.cume_dist().over(order_by=ranked.probability))
+        ranked = ranked.mutate(percentile=ibis.cume_dist().over(order_by=ranked.log_odds))
         writer: pq.ParquetWriter | None = None
         rows, total, smallest, largest = 0, 0.0, np.inf, -np.inf
         with publishing(target) as temporary:
             for batch in engine.batches(ranked.order_by(campaign.key)):
-                table = _finish(campaign, snapshot, version, scored_at, batch, rows_in)
+                table = _finish(campaign, snapshot, version, scored_at, batch, rows_in, shift)
                 writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
                 writer.write_table(table)
                 probability = table["probability"].to_numpy()
@@ -95,12 +112,15 @@ def score_snapshot(
                 empty = pa.RecordBatch.from_pylist([], schema=_ranked_schema(campaign))
                 writer = pq.ParquetWriter(
                     temporary,
-                    _finish(campaign, snapshot, version, scored_at, empty, 1).schema,
+                    _finish(campaign, snapshot, version, scored_at, empty, 1, 0.0).schema,
                     compression="zstd",
                 )
             writer.close()
     logger.info("scores %s: %s customers, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
-    return ScoresReport(rows_in, rows, total / max(rows, 1), float(smallest), float(largest))
+    if first.unseen:
+        logger.warning("scores %s: categories never seen in training: %s", snapshot, first.unseen)
+    mean = total / max(rows, 1)
+    return ScoresReport(rows_in, rows, mean, float(smallest), float(largest), shift, first.unseen)
 
 
 def score_violations(campaign: Campaign, snapshot: date, home: Home, engine: Engine) -> int:
@@ -110,28 +130,47 @@ def score_violations(campaign: Campaign, snapshot: date, home: Home, engine: Eng
     return int(engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))["n"][0].as_py())
 
 
-def _write_probabilities(campaign: Campaign, features: Path, model: FittedModel, file: Path) -> int:
-    schema = pa.schema([(campaign.key, pa.string()), ("probability", pa.float64())])
+@dataclass
+class _FirstPass:
+    """What the first pass over the features learns."""
+
+    rows: int
+    histogram: LogOddsHistogram
+    unseen: dict[str, int]
+
+
+def _write_log_odds(campaign: Campaign, features: Path, model: FittedModel, file: Path) -> _FirstPass:
+    schema = pa.schema([(campaign.key, pa.string()), ("log_odds", pa.float64())])
     columns = [campaign.key, *model.contract.names]
     source = pq.ParquetFile(features)
     present = [name for name in columns if name in source.schema_arrow.names]
-    rows = 0
+    found = _FirstPass(0, LogOddsHistogram(), {})
     with pq.ParquetWriter(file, schema, compression="lz4") as writer:
         for batch in source.iter_batches(batch_size=BATCH_ROWS, columns=present):
-            probability = model.predict_proba(batch)
-            writer.write_batch(pa.record_batch([batch.column(campaign.key), pa.array(probability)], schema=schema))
-            rows += batch.num_rows
-    return rows
+            z = model.log_odds(model.contract.encode(batch))
+            writer.write_batch(pa.record_batch([batch.column(campaign.key), pa.array(z)], schema=schema))
+            found.rows += batch.num_rows
+            if campaign.prior.adapt:
+                found.histogram.add(z)
+            for name, rows in model.contract.unseen(batch).items():
+                found.unseen[name] = found.unseen.get(name, 0) + rows
+    return found
 
 
 def _ranked_schema(campaign: Campaign) -> pa.Schema:
-    return pa.schema([(campaign.key, pa.string()), ("probability", pa.float64()), ("percentile", pa.float64())])
+    return pa.schema([(campaign.key, pa.string()), ("log_odds", pa.float64()), ("percentile", pa.float64())])
 
 
 def _finish(
-    campaign: Campaign, snapshot: date, version: str, scored_at: datetime, batch: pa.RecordBatch, total: int
+    campaign: Campaign,
+    snapshot: date,
+    version: str,
+    scored_at: datetime,
+    batch: pa.RecordBatch,
+    total: int,
+    shift: float,
 ) -> pa.Table:
-    probability = batch.column("probability").to_numpy()
+    probability = expit(batch.column("log_odds").to_numpy() + shift)
     percentile = batch.column("percentile").to_numpy()
     # The rank as an integer: 0.7 x 10 is not 7 in floating point.
     rank = np.rint(percentile * total).astype(np.int64)

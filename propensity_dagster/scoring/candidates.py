@@ -3,21 +3,25 @@
 import json
 import logging
 from collections.abc import Mapping
-from datetime import date
-from functools import lru_cache
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from propensity_dagster.campaign import Campaign, Candidate
-from propensity_dagster.data.lake import Home, publish_table, publish_text, publishing_folder
-from propensity_dagster.errors import DataContractError, SavedModelError
+from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
+from propensity_dagster.campaign_sections import Candidate, Search
+from propensity_dagster.data.lake import Home, publish_table, publish_text, publishing, publishing_folder
+from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError
 from propensity_dagster.evaluation.evaluate import CHAMPION, ORACLE, Evaluation, TestScores, evaluate
+from propensity_dagster.evaluation.splits import TEST, TRAIN
 from propensity_dagster.features.snapshots import SPLITS, TRAINING_SET
 from propensity_dagster.models.base import FittedModel, clipped_logit
 from propensity_dagster.models.dataset import Dataset, Floats, read_split
+from propensity_dagster.models.ensemble import Member
+from propensity_dagster.models.prior import prior_shift
 from propensity_dagster.models.saved import golden_difference, load_model, write_model
 from propensity_dagster.models.training import BASELINE, ENSEMBLE, load_datasets, train_candidate
 from propensity_dagster.synthetic import is_synthetic, open_world
@@ -30,26 +34,75 @@ _SAVED_CHECK_ROWS = 10_000
 def publish_candidate(campaign: Campaign, candidate: Candidate, home: Home) -> tuple[FittedModel, float]:
     """Train one candidate on the training set and save it; an ensemble reads its members as they were saved.
 
+    Where every row is tested once, in folds, there is a model per fold; the one that serves is the first fold's.
+
     Returns:
         The model, and the largest difference in log-odds between it and its saved form on validation rows.
 
     Raises:
         SavedModelError: when the saved form scores differently by more than 1e-6.
     """
+    first, *others = [_publish_fold(campaign, candidate, home, fold) for fold in folds_of(campaign)]
+    return first[0], max([first[1], *(difference for _, difference in others)])
+
+
+def folds_of(campaign: Campaign) -> list[int | None]:
+    """Folds of test rows: [None] where the split is one of train and test rows."""
+    folds = campaign.split.folds if isinstance(campaign, TableCampaign) else None
+    return list(range(folds)) if folds else [None]
+
+
+def _publish_fold(campaign: Campaign, candidate: Candidate, home: Home, fold: int | None) -> tuple[FittedModel, float]:
     training_set = home.lake(campaign.name).existing(TRAINING_SET)
-    train, validate = _datasets(campaign, training_set)
-    folder = home.candidates(campaign.name)
-    members: list[FittedModel] = []
+    train, validate = _datasets(campaign, training_set, fold)
+    folder = _fold_folder(campaign, home, fold)
+    members: list[Member] = []
     if candidate.name == ENSEMBLE:
-        members = [load_model(folder / name) for name in member_names(campaign)]
-    model = train_candidate(campaign, candidate, train, validate, _facts(campaign, home), members)
-    sample = validate.X[:_SAVED_CHECK_ROWS]
+        for name in member_names(campaign):
+            scores = np.load(_validation_file(folder, name), allow_pickle=False)
+            members.append(Member(load_model(folder / name), scores))
+    facts = _facts(campaign, home)
+    if campaign.search and candidate.name in campaign.search.models:
+        candidate, facts["search"] = _searched(campaign, campaign.search, candidate, (train, validate), home, fold)
+    model, scores = train_candidate(campaign, candidate, train, validate, facts, members)
+    sample = (validate or train).X[:_SAVED_CHECK_ROWS]
+    with publishing(_validation_file(folder, candidate.name)) as temporary, temporary.open("wb") as file:
+        np.save(file, scores, allow_pickle=False)
     with publishing_folder(folder / candidate.name) as staging:
         write_model(model, staging, train.X)
         difference = float(np.abs(load_model(staging).log_odds(sample) - model.log_odds(sample)).max())
         if difference > 1e-6:
             raise SavedModelError(f"{candidate.name}: the saved model's log-odds differ by {difference:.3g}")
     return model, difference
+
+
+def _searched(
+    campaign: Campaign,
+    search: Search,
+    candidate: Candidate,
+    data: tuple[Dataset, Dataset | None],
+    home: Home,
+    fold: int | None,
+) -> tuple[Candidate, dict[str, Any]]:
+    """Better parameters, found on these rows; each fold searches for itself, or it would know its test rows."""
+    from propensity_dagster.models.search import plot_search, search_candidate
+
+    share = search.model_copy(update={"seconds": search.seconds / len(folds_of(campaign))})
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    name = f"{campaign.name}/{candidate.name}/{started}" + (f"/fold{fold}" if fold is not None else "")
+    found, facts = search_candidate(campaign, share, candidate, *data, home.root / "optuna.db", name)
+    if not fold:
+        plot_search(candidate.name, facts, home.reports(campaign.name) / f"search_{candidate.name}.png")
+    return found, facts
+
+
+def _fold_folder(campaign: Campaign, home: Home, fold: int | None) -> Path:
+    folder = home.candidates(campaign.name)
+    return folder / f"fold{fold}" if fold else folder
+
+
+def _validation_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.validation.npy"
 
 
 def publish_evaluation(campaign: Campaign, home: Home, champion: tuple[str, FittedModel] | None) -> Evaluation:
@@ -62,14 +115,10 @@ def publish_evaluation(campaign: Campaign, home: Home, champion: tuple[str, Fitt
     """
     models = {c.name: load_model(home.candidates(campaign.name) / c.name) for c in campaign.models}
     challenger = choose_challenger(models)
-    if champion is not None:
-        models[CHAMPION] = champion[1]
-    scores = score_test_rows(campaign, home, models)
+    scores = score_test_rows(campaign, home, champion[1] if champion else None)
     saved_difference = golden_difference(home.candidates(campaign.name) / challenger)
     facts = {
-        "snapshots": {
-            split: [str(s) for s in snapshots] for split, snapshots in _snapshots_of_splits(campaign, home).items()
-        },
+        "snapshots": _snapshots_of_splits(campaign, home),
         "champion_version": champion[0] if champion else None,
         "training": {
             name: {
@@ -77,7 +126,7 @@ def publish_evaluation(campaign: Campaign, home: Home, champion: tuple[str, Fitt
                 "validation_log_loss": m.facts["validation_log_loss"],
                 "rows": m.facts["rows"],
             }
-            for name, m in models.items()
+            for name, m in {**models, **({CHAMPION: champion[1]} if champion else {})}.items()
         },
     }
     evaluation = evaluate(campaign, scores, challenger, saved_difference, facts)
@@ -107,39 +156,75 @@ def choose_challenger(models: Mapping[str, FittedModel]) -> str:
     return min(contenders, key=lambda name: models[name].facts["validation_log_loss"])
 
 
-def score_test_rows(campaign: Campaign, home: Home, models: Mapping[str, FittedModel]) -> TestScores:
-    """Log-odds of every model, and of the oracle on synthetic data, for the rows of the test snapshots."""
+def score_test_rows(campaign: Campaign, home: Home, champion: FittedModel | None) -> TestScores:
+    """Log-odds of every candidate, the champion, and the oracle on synthetic data, for the test rows.
+
+    In folds every row is a test row once. Against a champion only the first fold counts: the champion, too, was
+    trained on the others.
+    """
     file = home.lake(campaign.name).existing(TRAINING_SET)
-    table = read_split(file, "test")
-    log_odds: dict[str, Floats] = {}
+    folds = folds_of(campaign)[:1] if champion else folds_of(campaign)
+    tables = [read_split(file, TEST, fold) for fold in folds]
+    parts: list[dict[str, Floats]] = []
+    for fold, table in zip(folds, tables, strict=True):
+        folder = _fold_folder(campaign, home, fold)
+        models = {c.name: load_model(folder / c.name) for c in campaign.models}
+        if champion is not None:
+            models[CHAMPION] = champion
+        parts.append(_score_rows(campaign, models, table))
+    table = pa.concat_tables(tables)
+    log_odds = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    keys = table[campaign.key].combine_chunks().dictionary_encode()
+    truth = true_log_odds(campaign, home, table)
+    if truth is not None:
+        log_odds[ORACLE] = truth
+    train = read_split(file, TRAIN, folds[0])["converted"]
+    return TestScores(
+        y=table["converted"].cast("float64").to_numpy(),
+        entity=keys.indices.to_numpy().astype(np.int64),
+        log_odds=log_odds,
+        segments={c: _segment_values(campaign, table, c) for c in campaign.all_segments},
+        training_rate=float(train.cast("float64").to_numpy().mean()),
+    )
+
+
+def _score_rows(campaign: Campaign, models: Mapping[str, FittedModel], table: pa.Table) -> dict[str, Floats]:
+    out: dict[str, Floats] = {}
     encoded: dict[int, Floats] = {}
     for name, model in models.items():
         identity = hash(model.contract)
         if identity not in encoded:
             encoded[identity] = model.contract.encode(table)
-        log_odds[name] = model.log_odds(encoded[identity])
-    keys = table[campaign.key].combine_chunks().dictionary_encode()
-    snapshots = table["snapshot"].to_numpy().astype("datetime64[D]")
-    truth = true_log_odds(campaign, home, np.asarray(keys.dictionary.to_pylist())[keys.indices.to_numpy()], snapshots)
-    if truth is not None:
-        log_odds[ORACLE] = truth
-    train = pq.read_table(file, columns=["converted"], filters=[("split", "=", "train")])
-    return TestScores(
-        y=table["converted"].cast("float64").to_numpy(),
-        entity=keys.indices.to_numpy().astype(np.int64),
-        log_odds=log_odds,
-        segments={c: _segment_values(table[c]) for c in campaign.segments},
-        training_rate=float(train["converted"].cast("float64").to_numpy().mean()),
-    )
+        out[name] = model.log_odds(encoded[identity])
+        if campaign.prior.adapt:
+            out[name] += _prior_shifts(campaign, model, out[name], table)
+    return out
 
 
-def true_log_odds(campaign: Campaign, home: Home, keys: Any, snapshots: Any) -> Floats | None:
+def _prior_shifts(campaign: Campaign, model: FittedModel, z: Floats, table: pa.Table) -> Floats:
+    """As batch scoring will do it: each snapshot by itself, from its scores alone."""
+    rate, limit = model.facts["calibration_rate"], campaign.prior.max_odds_ratio
+    if "snapshot" not in table.column_names:
+        return np.full(len(z), prior_shift(z, None, rate, limit))
+    shifts = np.empty(len(z))
+    snapshots = table["snapshot"].to_numpy()
+    for snapshot in np.unique(snapshots):
+        rows = snapshots == snapshot
+        shifts[rows] = prior_shift(z[rows], None, rate, limit)
+    return shifts
+
+
+def true_log_odds(campaign: Campaign, home: Home, table: pa.Table) -> Floats | None:
     """True log-odds (n,) on synthetic data, where the outcome is the one the world knows; else None."""
-    outcome = campaign.outcome
-    plain = outcome.gap_days == 0 and outcome.where is None and outcome.minimum_amount is None
-    if not (is_synthetic(campaign.source.connection) and plain and outcome.stream == "orders"):
+    if not (isinstance(campaign, EventCampaign) and is_synthetic(campaign.source.connection)):
         return None
+    outcome = campaign.outcome
     world = open_world(campaign.source.connection, home.synthetic)
+    plain = outcome.gap_days == 0 and outcome.where is None and outcome.minimum_amount is None
+    if not plain or campaign.source.streams[outcome.stream].table != world.outcome_table:
+        return None
+    keys = np.asarray(table[campaign.key].to_pylist())
+    snapshots = table["snapshot"].to_numpy().astype("datetime64[D]")
     out = np.empty(len(keys))
     for snapshot in np.unique(snapshots):
         rows = snapshots == snapshot
@@ -156,36 +241,40 @@ def member_names(campaign: Campaign) -> list[str]:
     return [c.name for c in campaign.models if c.name not in (BASELINE, ENSEMBLE)]
 
 
-def _datasets(campaign: Campaign, training_set: Path) -> tuple[Dataset, Dataset]:
+def _datasets(campaign: Campaign, training_set: Path, fold: int | None) -> tuple[Dataset, Dataset | None]:
     stat = training_set.stat()
-    return _cached_datasets(campaign.key, training_set, stat.st_mtime_ns, stat.st_size)
+    version = f"{campaign.model_dump_json()} {stat.st_mtime_ns} {stat.st_size}"
+    if _newest.get("version") != (version, fold):
+        _newest.clear()  # before the next one is read: only one is held
+        _newest.update(version=(version, fold), datasets=load_datasets(campaign, training_set, fold))
+    return _newest["datasets"]
 
 
-@lru_cache(maxsize=1)
-def _cached_datasets(key: str, training_set: Path, *version: int) -> tuple[Dataset, Dataset]:
-    """The candidates of one run are trained one after the other, in one process, on the same matrix."""
-    del version
-    return load_datasets(key, training_set)
+_newest: dict[str, Any] = {}
+"""The candidates of one run are trained one after the other, in one process, on the same matrix."""
 
 
 def _facts(campaign: Campaign, home: Home) -> dict[str, Any]:
     found = _snapshots_of_splits(campaign, home)
     return {
         "campaign": campaign.name,
-        "snapshots": {split: [str(s[0]), str(s[-1])] for split, s in found.items()},
-        "outcome": campaign.outcome.model_dump(),
+        "snapshots": {split: [s[0], s[-1]] for split, s in found.items()},
+        "outcome": campaign.outcome.model_dump(mode="json"),
     }
 
 
-def _snapshots_of_splits(campaign: Campaign, home: Home) -> dict[str, list[date]]:
+def _snapshots_of_splits(campaign: Campaign, home: Home) -> dict[str, list[str]]:
     splits = pq.read_table(home.lake(campaign.name).existing(SPLITS)).to_pylist()
-    found: dict[str, list[date]] = {}
+    found: dict[str, list[str]] = {}
     for row in splits:
-        found.setdefault(row["split"], []).append(row["snapshot"])
+        found.setdefault(row["split"], []).append(str(row["snapshot"]))
     return found
 
 
-def _segment_values(column: Any) -> Any:
+def _segment_values(campaign: Campaign, table: pa.Table, name: str) -> Any:
+    if name not in table.column_names:
+        raise ConfigError(f"{campaign.file}: segments: there is no column {name!r} in the training set")
+    column = table[name]
     if not (str(column.type).endswith("string")):
-        raise DataContractError("segments must be categories; a number has no groups")
+        raise ConfigError(f"{campaign.file}: segments: {name!r} is a number, which has no groups: call it a category")
     return np.asarray(column.fill_null("(missing)").to_pylist(), dtype=object)

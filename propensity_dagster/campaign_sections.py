@@ -1,0 +1,365 @@
+"""The sections of a campaign file. Belongs here: their keys, defaults and what is allowed in each."""
+
+import re
+from collections.abc import Iterable
+from datetime import date
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+MODEL_NAMES = ("baseline", "logistic_regression", "lightgbm", "neural_network", "ensemble")
+SYNTHETIC_SCHEME = "synthetic://"
+
+_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def _check_identifier(value: str) -> str:
+    if not _IDENTIFIER.fullmatch(value):
+        raise ValueError(f"must be lower-case letters, digits and underscores, got {value!r}")
+    return value
+
+
+def _parse_days(value: object) -> object:
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+)d", value)
+        if not match:
+            raise ValueError(f"must be a number of days such as 7d, got {value!r}")
+        return int(match.group(1))
+    return value
+
+
+Identifier = Annotated[str, AfterValidator(_check_identifier)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _accept_attributes(value: object) -> object:
+    """A list of names, or names with a type, stands for the full form."""
+    if isinstance(value, list):
+        return {name: {} for name in value}
+    if isinstance(value, dict):
+        return {k: {"type": v} if isinstance(v, str) else (v or {}) for k, v in value.items()}
+    return value
+
+
+def _check_connection(value: str) -> str:
+    """A password may come from the environment only: the file is kept, shown and logged."""
+    if re.search(r"://[^:/@]*:(?!\$\{)[^/]*@", value):
+        raise ValueError(
+            "got a password in clear; it must come from the environment: scheme://user:${NAME}@host/database"
+        )
+    return value
+
+
+Connection = Annotated[str, AfterValidator(_check_connection)]
+
+
+def require_known(where: str, name: str | None, known: Iterable[str]) -> None:
+    """Raise a ValueError unless `name` is one of `known`."""
+    if name is not None and name not in known:
+        raise ValueError(f"{where}: {name!r} is not declared; declared are {', '.join(known) or 'none'}")
+
+
+class Frozen(BaseModel):
+    """A section: unchangeable, and refusing unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Csv(Frozen):
+    """How CSV files are written, where looking at them is not enough to tell."""
+
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    quote: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    encoding: Literal["utf-8", "latin-1", "utf-16"] | None = None
+
+
+class Attribute(Frozen):
+    """A column of the customer table that becomes a feature. Without a type, the source's column decides.
+
+    A protected attribute is no feature: models never see it, and it is a segment, so that they can be judged in it.
+    """
+
+    type: Literal["number", "category"] | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    protected: bool = False
+
+
+class Entities(Frozen):
+    """Who is scored: a table of them, or, with `stream`, everybody seen in that event log."""
+
+    table: str | None = None
+    stream: str | None = None
+    key: str
+    created_at: str | None = None
+    time_format: str | None = None
+    attributes: dict[str, Attribute] = {}
+    where: str | None = None
+    derive: dict[str, str] = {}
+
+    _forms = field_validator("attributes", mode="before")(_accept_attributes)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Entities":
+        if (self.table is None) == (self.stream is None):
+            raise ValueError("needs exactly one of 'table' and 'stream'")
+        if self.table is not None and self.created_at is None:
+            raise ValueError("created_at is required with 'table': when did each entity become known?")
+        if self.stream is not None and self.created_at is not None:
+            raise ValueError("created_at is not allowed with 'stream': the first event says it")
+        return self
+
+
+class Stream(Frozen):
+    """An event log.
+
+    `lines: true` says that several rows share one id and together are one event. `equal_rows: keep` says that
+    rows equal in every column are different events, not one written twice; it is for logs without an id.
+    """
+
+    table: str
+    time: str
+    key: str | None = None
+    where: str | None = None
+    derive: dict[str, str] = {}
+    time_format: str | None = None
+    id: str | None = None
+    lines: bool = False
+    equal_rows: Literal["drop", "keep"] = "drop"
+    amount: str | None = None
+    minimum_amount: float | None = 0.0
+    measures: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
+    type: str | None = None
+    types: tuple[Identifier, ...] = ("sent", "open", "click")
+    ingested_at: str | None = None
+
+    @model_validator(mode="after")
+    def _lines_need_an_id(self) -> "Stream":
+        if self.lines and self.id is None:
+            raise ValueError("lines: true needs an 'id': which rows belong to one event?")
+        if self.equal_rows == "keep" and self.id is not None and not self.lines:
+            raise ValueError("equal_rows: keep contradicts 'id': rows with one id are one event")
+        return self
+
+
+class EventSource(Frozen):
+    """A customer table and event logs. Days are UTC; `last_day` is stated when the log has ended."""
+
+    kind: Literal["events"]
+    connection: Connection
+    csv: Csv = Csv()
+    entities: Entities
+    streams: dict[Identifier, Stream] = Field(min_length=1)
+    first_day: date | None = None
+    last_day: date | None = None
+    late_days: NonNegative = 0
+
+    @model_validator(mode="after")
+    def _known_stream(self) -> "EventSource":
+        require_known("entities.stream", self.entities.stream, self.streams)
+        if self.first_day is None and not self.connection.startswith(SYNTHETIC_SCHEME):
+            raise ValueError("first_day is required: the first day of the event logs, for example 2024-01-01")
+        if self.first_day and self.last_day and self.first_day >= self.last_day:
+            raise ValueError(f"first_day must be before last_day, got {self.first_day} and {self.last_day}")
+        return self
+
+
+class TableSource(Frozen):
+    """One row per past decision, with its outcome in a column.
+
+    Attributes:
+        path: a CSV or parquet file, or a folder of them; or else
+        connection: a database (or folder), with `table`.
+        key: column of the entity; without one the row number is the key.
+        order: "file", or a column of times: the newest rows are the test rows. Without it a hash of the key decides.
+        attributes: what to say of some columns; every other column is a feature too, its type as it is found.
+        new_rows: path or table of rows to score; the score job may be pointed elsewhere.
+        first_day: the oldest day that can be scored.
+    """
+
+    kind: Literal["table"]
+    path: str | None = None
+    connection: Connection | None = None
+    table: str | None = None
+    csv: Csv = Csv()
+    key: str | None = None
+    order: str | None = None
+    time_format: str | None = None
+    attributes: dict[str, Attribute] = {}
+    where: str | None = None
+    derive: dict[str, str] = {}
+    new_rows: str | None = None
+    first_day: date = date(2024, 1, 1)
+
+    _forms = field_validator("attributes", mode="before")(_accept_attributes)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "TableSource":
+        if (self.path is None) == (self.connection is None) or (self.connection is None) != (self.table is None):
+            raise ValueError("needs either 'path' (a file or folder) or 'connection' and 'table'")
+        if self.order == "file" and self.path is None:
+            raise ValueError("order: file needs a 'path': rows of a database have no order of their own")
+        return self
+
+
+class Outcome(Frozen):
+    """What counts as a conversion: an event of `stream` in [t + gap, t + gap + horizon)."""
+
+    stream: str
+    gap_days: NonNegative = 0
+    horizon_days: Positive = 30
+    where: str | None = None
+    minimum_amount: float | None = None
+
+
+class ColumnOutcome(Frozen):
+    """The column that says what came of a decision.
+
+    `positive` is the value of a conversion; it may be left out where the two values are a known pair, such as
+    yes and no. `negative` lists the other values; it is needed only where there is more than one.
+    """
+
+    column: str
+    positive: bool | str | None = None
+    negative: tuple[bool | str, ...] | None = None
+
+    @field_validator("positive", mode="before")
+    @classmethod
+    def _as_written(cls, value: object) -> object:
+        return value if isinstance(value, bool) or value is None else str(value)
+
+    @field_validator("negative", mode="before")
+    @classmethod
+    def _accept_one(cls, value: object) -> object:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return None if value is None else [v if isinstance(v, bool) else str(v) for v in values]
+
+
+class Eligibility(Frozen):
+    """Who is asked about at t. Activity is an event of `streams` (all, when absent) or the creation itself."""
+
+    active_within_days: Positive | None = None
+    min_tenure_days: NonNegative = 0
+    streams: tuple[str, ...] | None = None
+
+
+class Snapshots(Frozen):
+    """How many snapshots each split gets, counted back from `newest` or the newest mature one."""
+
+    every: Annotated[int, Field(gt=0)] = 7
+    train: Positive = 26
+    validate_: Positive = Field(4, alias="validate")
+    test: Positive = 4
+    newest: date | None = None
+
+    _days = field_validator("every", mode="before")(_parse_days)
+
+
+class Features(Frozen):
+    """Look-back windows in days, and names by which people outside know some features."""
+
+    windows_days: tuple[Positive, ...] = (7, 30, 90, 365)
+    names: dict[Identifier, str] = {}
+
+    @field_validator("windows_days")
+    @classmethod
+    def _ascending(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or list(value) != sorted(set(value)):
+            raise ValueError(f"must be different numbers of days in ascending order, got {list(value)}")
+        return value
+
+
+class Split(Frozen):
+    """Test rows of a table: a fraction, the newest where there is an order; or every row once, in `folds`.
+
+    All other rows train. They are cross-validated in five folds of entities: early stopping, calibration and
+    blending see only scores of rows that the scoring model was not trained on.
+    """
+
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    folds: Annotated[int, Field(ge=2, le=20)] | None = None
+
+
+class Prior(Frozen):
+    """Whether scores follow the outcome rate of the rows they are for. See models/prior.py."""
+
+    adapt: bool = False
+    max_odds_ratio: Annotated[float, Field(gt=1)] = 4.0
+
+
+class Search(Frozen):
+    """Search for better parameters, for at most `seconds` a model, judged on validation rows only."""
+
+    seconds: Annotated[float, Field(gt=0)]
+    trials: Positive = 100
+    models: tuple[Literal["logistic_regression", "lightgbm", "neural_network"], ...] = ("lightgbm",)
+
+
+class Target(Frozen):
+    """A database table that the scores are written to, besides the lake."""
+
+    connection: Connection
+    table: Identifier = "scores"
+
+
+class Candidate(Frozen):
+    """A model to train, with parameters that replace the estimator's defaults."""
+
+    name: Literal["baseline", "logistic_regression", "lightgbm", "neural_network", "ensemble"]
+    params: dict[str, Any] = {}
+
+
+class Value(Frozen):
+    """Money of one contact and one conversion, in the campaign's currency; capacity is people per snapshot."""
+
+    margin_per_conversion: Annotated[float, Field(ge=0)] = 1.0
+    cost_per_contact: Annotated[float, Field(ge=0)] = 0.0
+    capacity: Positive | None = None
+
+
+class Tiers(Frozen):
+    """Percentiles from which a customer is in the high and the medium tier."""
+
+    high: Fraction = 0.9
+    medium: Fraction = 0.6
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Tiers":
+        if self.medium >= self.high:
+            raise ValueError(f"medium must be below high, got {self.medium} and {self.high}")
+        return self
+
+
+class Holdout(Frozen):
+    """Share of entities deliberately not contacted."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+
+class Schedule(Frozen):
+    """Cron lines in UTC, and a folder whose new files start an ingestion."""
+
+    score: str = "0 2 * * *"
+    train: str = "0 4 1 * *"
+    watch: str | None = None
+
+
+class Gate(Frozen):
+    """What a challenger must satisfy on out-of-time test snapshots. See evaluation/gate.py."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    lift_margin: Annotated[float, Field(ge=0)] = 0.25
+    slope: tuple[float, float] = (0.7, 1.4)
+    max_intercept: Annotated[float, Field(gt=0)] = 0.5
+    max_calibration_error: Fraction = 0.05
+    min_segment_auc: Fraction = 0.5
