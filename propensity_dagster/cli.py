@@ -85,6 +85,27 @@ def doctor(
 
 
 @app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the new campaign.")],
+    data: Annotated[str, typer.Option("--from", help="A file, a folder of parquet or CSV files, or a database.")],
+    outcome: Annotated[
+        str | None, typer.Option(help="Outcome column of a single table, or event log of several; guessed, if absent.")
+    ] = None,
+    to: Annotated[Path, typer.Option(help="Folder that the file goes to.")] = Path("campaigns"),
+) -> None:
+    """Write a commented campaign file from a look at the data, and show what the doctor says of it."""
+    from propensity_dagster.doctor.draft import draft_campaign
+    from propensity_dagster.reports.diagnosis import print_diagnosis
+    from propensity_dagster.runtime import Runtime
+
+    runtime = Runtime.from_environment()
+    with runtime.engine() as engine:
+        file, diagnosis = draft_campaign(name, data, outcome, to, runtime.home, engine)
+    print_diagnosis(diagnosis, _console())
+    print(f"wrote {file}; look at it, then: propensity demo {file}")
+
+
+@app.command()
 def dev(
     port: Annotated[int, typer.Option(help="Port of the UI on 127.0.0.1.")] = 3001,
 ) -> None:

@@ -122,6 +122,8 @@ def _failure_of(result: dg.ExecuteInProcessResult) -> str:
     for event in result.all_events:
         if event.is_step_failure:
             data = event.step_failure_data
+            if data.error is not None and data.error.cls_name == "DagsterAssetCheckFailedError":
+                continue  # told below, in fewer words
             failure = data.user_failure_data
             if failure is not None and failure.description:
                 return f"{event.step_key}: {failure.description}"
@@ -129,7 +131,12 @@ def _failure_of(result: dg.ExecuteInProcessResult) -> str:
     failed = [
         e.asset_check_evaluation_data for e in result.all_events if e.event_type_value == "ASSET_CHECK_EVALUATION"
     ]
-    broken = [f"{c.asset_key.to_user_string()}: check {c.check_name} failed" for c in failed if not c.passed]
+    broken = [
+        f"{c.asset_key.to_user_string()}: the check {c.check_name} failed"
+        + "".join(f"; {name}: {value.value}" for name, value in c.metadata.items())
+        for c in failed
+        if not c.passed and c.severity == dg.AssetCheckSeverity.ERROR
+    ]
     return "; ".join(broken) or "the run failed; its log is in the Dagster UI (propensity dev)"
 
 

@@ -26,9 +26,11 @@ from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.campaign_sections import Csv
 from propensity_dagster.data import coerce
 from propensity_dagster.data.connections import (
+    DUCKDB,
     POSTGRES,
     database_table,
     is_database,
+    open_database,
     reading,
     require_known_scheme,
     resolve_path,
@@ -149,6 +151,13 @@ def open_decisions(campaign: TableCampaign, as_text: Sequence[str], home: Home, 
         return open_files(campaign, files_in(path), as_text, engine)
 
 
+def tables_of_database(campaign: Campaign, connection: str, engine: Engine) -> list[str]:
+    """Names of the tables of a database, of its default schema."""
+    backend = open_database(campaign, "source.connection", connection, engine)
+    place: Any = ("source_database", "main") if connection.startswith(DUCKDB) else None
+    return sorted(backend.list_tables(database=place) if place else backend.list_tables())
+
+
 def open_files(campaign: Campaign, files: list[Path], as_text: Sequence[str], engine: Engine) -> SourceTable:
     """Parquet or CSV files of one table.
 
@@ -193,7 +202,7 @@ def days_in_files(
     calendar = campaign_calendar(campaign)
     found: list[date] = []
     for name, stream in campaign.source.streams.items():
-        own = [Path(f) for f in files if folder is not None and _table_of(folder, Path(f)) == stream.table]
+        own = [Path(f) for f in files if folder is not None and table_of(folder, Path(f)) == stream.table]
         if not own:
             continue
         table = open_files(campaign, own, [stream.time], engine).table
@@ -279,7 +288,7 @@ def files_in(path: Path) -> list[Path]:
     return [f for f in sorted(path.rglob("*")) if f.suffix in (".parquet", ".csv") and not f.name.startswith(".")]
 
 
-def _table_of(folder: Path, file: Path) -> str:
+def table_of(folder: Path, file: Path) -> str:
     """The table a file of the source folder belongs to: its own name, or its first folder's."""
     relative = file.relative_to(folder) if file.is_relative_to(folder) else file
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem

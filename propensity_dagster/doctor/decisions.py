@@ -4,6 +4,9 @@
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
+import tempfile
+from pathlib import Path
+
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,8 +39,7 @@ def diagnose_decisions(campaign: TableCampaign, home: Home, engine: Engine, *, i
     diagnosis = Diagnosis(campaign.name)
     seen = home
     if not ingested:
-        seen = Home(engine.scratch / "doctor")
-        (seen.root / "synthetic").mkdir(parents=True)
+        seen = Home(Path(tempfile.mkdtemp(dir=engine.scratch)))
         ingest_decisions(campaign, seen, engine)
     lake = seen.lake(campaign.name)
     raw = engine.read(lake.existing(f"raw_{DECISIONS}"))
@@ -94,7 +96,7 @@ def _validated(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine
 
 
 def _judge_outcome(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine: Engine, total: int) -> None:
-    scratch = Home(engine.scratch / "split")
+    scratch = Home(Path(tempfile.mkdtemp(dir=engine.scratch)))
     publish_table(
         pq.read_table(home.lake(campaign.name).file(f"validated_{DECISIONS}")),
         scratch.lake(campaign.name).file(f"validated_{DECISIONS}"),
