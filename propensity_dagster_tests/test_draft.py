@@ -160,7 +160,7 @@ def test_from_data_to_scores_on_the_command_line(tmp_path):
     file.write_text(file.read_text() + "models: [baseline, logistic_regression]\n")
     assert "nothing stands against training" in type_in("doctor", "campaigns/deals.yaml")
     assert "is promoted" in " ".join(type_in("demo", "campaigns/deals.yaml").split())
-    fresh = made_up(300, seed=3).drop_columns(["decided", "bought"])
+    fresh = made_up(300, seed=3).drop_columns(["decided", "bought"]).slice(0, 150)
     pq.write_table(fresh, tmp_path / "fresh.parquet")
     written = type_in("score", "campaigns/deals.yaml", "--rows", "fresh.parquet").splitlines()[-1]
-    assert pq.read_metadata(written).num_rows == len(set(fresh["customer"].to_pylist()))
+    assert pq.read_metadata(written).num_rows == 150

@@ -38,6 +38,7 @@ POSITION, DECIDED_AT, CONVERTED = "position", "decided_at", "converted"
 ANY_COLUMN = "*"
 
 _RAW = "raw__"
+_ROWS_FOR_TYPES = 200_000
 _YES = frozenset({"1", "true", "t", "yes", "y"})
 _NO = frozenset({"0", "false", "f", "no", "n"})
 
@@ -62,7 +63,7 @@ def ingest_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> int
         ConfigError, DataContractError, SourceError: see `open_table` and `select_declared`.
     """
     with reading(f"{campaign.file}: source"), engine.unchanged_files():
-        source = open_decisions(campaign, _text_columns(campaign), home, engine)
+        source = open_decisions(campaign, home, engine)
         declared = [campaign.outcome.column, *_order_column(campaign), *_columns(campaign, source)]
         rows = _publish_raw(campaign, source, declared, home.lake(campaign.name).file(f"raw_{DECISIONS}"), engine)
     if rows == 0:
@@ -189,13 +190,15 @@ def feature_types(campaign: TableCampaign, raw: ibis.Table, engine: Engine) -> d
     if not names:
         raise InsufficientDataError(f"{campaign.file}: no column is left to learn from")
     counts: dict[str, Any] = {}
+    rows = engine.arrow(raw.aggregate(n=raw.count()))["n"][0].as_py()
+    sample = raw.filter(raw[POSITION] % max(1, rows // _ROWS_FOR_TYPES) == 0)
     for name in names:
         if campaign.attributes.get(name) is None or campaign.attributes[name].type is None:
-            value = _without_sentinels(campaign, raw, name)
+            value = _without_sentinels(campaign, sample, name)
             if value.type().is_string():
                 counts[f"there__{name}"] = coerce.category(value).count()
                 counts[f"number__{name}"] = coerce.number(coerce.category(value)).count()
-    found = engine.arrow(raw.aggregate(**counts)).to_pylist()[0] if counts else {}
+    found = engine.arrow(sample.aggregate(**counts)).to_pylist()[0] if counts else {}
 
     def kind(name: str) -> str:
         declared = campaign.attributes[name].type if name in campaign.attributes else None
@@ -283,13 +286,6 @@ def _order_column(campaign: TableCampaign) -> list[str]:
     return [order] if order not in (None, "file") else []
 
 
-def _text_columns(campaign: TableCampaign) -> list[str]:
-    """Columns that a CSV reader must not interpret."""
-    categories = [name for name, attribute in campaign.attributes.items() if attribute.type == "category"]
-    keys = [campaign.source.key] if campaign.source.key else []
-    return [*keys, *_order_column(campaign), campaign.outcome.column, *categories]
-
-
 def _columns(campaign: TableCampaign, source: SourceTable) -> list[str]:
     """The key and every column that may be a feature, derived ones last.
 
@@ -335,7 +331,7 @@ def _collect_new_rows(
     parts: list[Path] = []
     for number, place in enumerate(places):
         with reading(f"{campaign.file}: rows to score: {place}"), engine.unchanged_files():
-            source = open_place(campaign, place, _text_columns(campaign), home, engine)
+            source = open_place(campaign, place, home, engine)
             found = {*source.columns, *campaign.source.derive}
             present |= found
             keys = [campaign.source.key] if campaign.source.key else []

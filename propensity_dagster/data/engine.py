@@ -116,10 +116,11 @@ class Engine:
 
     def publish_query(self, query: str, file: Path) -> None:
         """Write the rows of a prepared query as one parquet file."""
+        # Scratch is read once or twice, and gone: not worth compressing.
+        compression = "uncompressed" if file.is_relative_to(self.scratch) else "zstd"
+        options = f"FORMAT PARQUET, COMPRESSION {compression}, ROW_GROUP_SIZE 122880"
         with publishing(file) as temporary, _disk_errors(file):
-            self.backend.raw_sql(
-                f"COPY ({query}) TO '{_quoted(temporary)}' (FORMAT PARQUET, COMPRESSION zstd, ROW_GROUP_SIZE 122880)"
-            )
+            self.backend.raw_sql(f"COPY ({query}) TO '{_quoted(temporary)}' ({options})")
 
     def run_query(self, query: str) -> pa.Table:
         """The rows of a prepared query."""

@@ -141,7 +141,7 @@ def newest_source_day(campaign: EventCampaign, home: Home, engine: Engine, *, un
     stream = campaign.source.streams[name]
     where = f"{campaign.file}: source.streams.{name}"
     with reading(where):
-        source = open_table(campaign, stream.table, [stream.time], home, engine)
+        source = open_table(campaign, stream.table, home, engine)
         kind = source.table[stream.time].type() if stream.time in source.columns else None
         if source.remote and kind is not None and (kind.is_timestamp() or kind.is_date()):
             table, day = source.table, source.table[stream.time].date()
@@ -178,16 +178,10 @@ def declared_stream(
     """The table as it is in the source, and its declared columns in the engine."""
     key = stream.key or campaign.key
     optional = [stream.id, stream.amount, stream.type, stream.ingested_at]
-    text = [
-        key,
-        stream.time,
-        *(c for c in (stream.id, stream.type, stream.ingested_at) if c),
-        *stream.categories,
-    ]
     declared = [key, stream.time, *(c for c in optional if c), *stream.measures, *stream.categories]
     if campaign.source.entities.stream == name:
         declared += list(campaign.source.entities.attributes)
-    source = open_table(campaign, stream.table, text, home, engine)
+    source = open_table(campaign, stream.table, home, engine)
     where = f"source.streams.{name}"
     return source, select_declared(campaign, where, source, engine, declared, stream.derive, stream.where, within)
 
@@ -195,9 +189,8 @@ def declared_stream(
 def declared_entities(campaign: EventCampaign, home: Home, engine: Engine) -> ibis.Table:
     """The declared columns of the customer table, in the engine."""
     entities = campaign.source.entities
-    categories = [n for n, a in entities.attributes.items() if a.type == "category"]
     created_at = entities.created_at or ""
-    table = open_table(campaign, require_entity_table(campaign), [entities.key, created_at, *categories], home, engine)
+    table = open_table(campaign, require_entity_table(campaign), home, engine)
     declared = [entities.key, created_at, *entities.attributes]
     return select_declared(campaign, "source.entities", table, engine, declared, entities.derive, entities.where)
 

@@ -43,6 +43,7 @@ from propensity_dagster.synthetic import is_synthetic, open_world
 
 _SAMPLE_BYTES = 1 << 20
 _FETCH_ROWS = 65_536
+_TYPES_TRIED = ("int64", "float64", "timestamp", "boolean")
 _DAY = timedelta(days=1)
 
 
@@ -71,11 +72,17 @@ class TimeRange:
 
 @dataclass(frozen=True)
 class SourceTable:
-    """A table of the source. `remote` ones live in another database; the others in the engine."""
+    """A table of the source.
+
+    Attributes:
+        table: its columns; those of CSV files are text.
+        remote: whether it lives in another database than the engine.
+        read_copy: reads what `_fetch` has copied to a file, given the columns' types in the database.
+    """
 
     table: ibis.Table
     remote: bool
-    read_csv: Callable[[Path, dict[str, str]], ibis.Table]
+    read_copy: Callable[[Path, dict[str, str]], ibis.Table]
 
     @property
     def columns(self) -> list[str]:
@@ -112,8 +119,8 @@ def source_folder(campaign: Campaign, home: Home) -> Path | None:
     return None if is_database(connection) else resolve_path(campaign, "source.connection", connection)
 
 
-def open_table(campaign: Campaign, table: str, as_text: Sequence[str], home: Home, engine: Engine) -> SourceTable:
-    """A table of the source, as it is; in files without types the columns `as_text` are not interpreted.
+def open_table(campaign: Campaign, table: str, home: Home, engine: Engine) -> SourceTable:
+    """A table of the source, as it is.
 
     Raises:
         ConfigError: when it is not there.
@@ -123,32 +130,32 @@ def open_table(campaign: Campaign, table: str, as_text: Sequence[str], home: Hom
     folder = source_folder(campaign, home)
     with reading(f"{campaign.file}: table {table!r}"):
         if folder is not None:
-            return open_files(campaign, _files_of(campaign, folder, table), as_text, engine)
+            return open_files(campaign, _files_of(campaign, folder, table), engine)
         connection = source_connection(campaign)
         found = database_table(campaign, "source.connection", connection, table, engine)
         _require_distinct_names(f"{campaign.file}: table {table!r}", list(found.columns))
-        return _database_source(found, connection, as_text, engine)
+        return _database_source(found, connection, engine)
 
 
-def open_place(campaign: TableCampaign, place: str, as_text: Sequence[str], home: Home, engine: Engine) -> SourceTable:
+def open_place(campaign: TableCampaign, place: str, home: Home, engine: Engine) -> SourceTable:
     """A file, a folder of files, or a table of the source's connection."""
     source = campaign.source
     if source.table is not None and "/" not in place and not place.endswith((".csv", ".parquet")):
-        return open_table(campaign, place, as_text, home, engine)
+        return open_table(campaign, place, home, engine)
     path = resolve_path(campaign, "rows to score", place)
     with reading(f"{campaign.file}: {path}"):
-        return open_files(campaign, files_in(path), as_text, engine)
+        return open_files(campaign, files_in(path), engine)
 
 
-def open_decisions(campaign: TableCampaign, as_text: Sequence[str], home: Home, engine: Engine) -> SourceTable:
+def open_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> SourceTable:
     """The table of past decisions: its path, or a table of a connection."""
     source = campaign.source
     if source.table is not None:
-        return open_table(campaign, source.table, as_text, home, engine)
+        return open_table(campaign, source.table, home, engine)
     path = source_folder(campaign, home)
     assert path is not None, "a path names files"
     with reading(f"{campaign.file}: {path}"):
-        return open_files(campaign, files_in(path), as_text, engine)
+        return open_files(campaign, files_in(path), engine)
 
 
 def tables_of_database(campaign: Campaign, connection: str, engine: Engine) -> list[str]:
@@ -158,7 +165,7 @@ def tables_of_database(campaign: Campaign, connection: str, engine: Engine) -> l
     return sorted(backend.list_tables(database=place) if place else backend.list_tables())
 
 
-def open_files(campaign: Campaign, files: list[Path], as_text: Sequence[str], engine: Engine) -> SourceTable:
+def open_files(campaign: Campaign, files: list[Path], engine: Engine) -> SourceTable:
     """Parquet or CSV files of one table.
 
     Raises:
@@ -169,7 +176,7 @@ def open_files(campaign: Campaign, files: list[Path], as_text: Sequence[str], en
     engine.note_files(files)
     _require_distinct_names(str(files[0]), _header(files[0], campaign.source.csv))
     if files[0].suffix == ".csv":
-        table = _read_csv(files, as_text, campaign.source.csv, engine)
+        table = _read_csv(files, campaign.source.csv, engine)
     else:
         table = engine.backend.read_parquet([str(f) for f in files], hive_partitioning=False)
     return SourceTable(table, False, lambda _file, _types: table)
@@ -205,7 +212,7 @@ def days_in_files(
         own = [Path(f) for f in files if folder is not None and table_of(folder, Path(f)) == stream.table]
         if not own:
             continue
-        table = open_files(campaign, own, [stream.time], engine).table
+        table = open_files(campaign, own, engine).table
         time = coerce.utc_time(table[stream.time], stream.time_format, f"{campaign.file}: source.streams.{name}.time")
         days = table.select(day=time.date())
         days = days.filter((days.day >= calendar.first) & (days.day <= calendar.newest))
@@ -247,19 +254,21 @@ def select_declared(
         _check_columns(campaign, f"{where}.where", _columns_of(condition), known, ConfigError)
         read += [name for name in _columns_of(condition) if name not in derive]
     _check_columns(campaign, where, read, available, DataContractError)
+    computed = [name for e in (*expressions.values(), condition) if e is not None for name in _columns_of(e)]
     selected = source.table.select(*dict.fromkeys(read))
     if source.remote:
         selected = _fetch(source, _restricted(selected, within), engine)
+    selected, typed = _typed(selected, [name for name in computed if name in selected.columns], engine)
     if number_rows:
         selected = selected.mutate(position=(ibis.row_number() + 1).cast("int64"))
     if not expressions and condition is None:
         return selected
     name = engine.backend.create_view(ibis.util.gen_name("source"), selected).get_name()
-    columns = ["*", *(f'({e.sql("duckdb")}) AS "{n}"' for n, e in expressions.items())]
+    columns = ["*", *(f'({_over(typed, e).sql("duckdb")}) AS "{n}"' for n, e in expressions.items())]
     query = f'SELECT {", ".join(columns)} FROM "{name}"'
     if condition is not None:
-        query = f"SELECT * FROM ({query}) AS derived WHERE {condition.sql('duckdb')}"
-    return engine.backend.sql(query, dialect="duckdb")
+        query = f"SELECT * FROM ({query}) AS derived WHERE {_over(typed, condition).sql('duckdb')}"
+    return engine.backend.sql(query, dialect="duckdb").drop(*typed.values())
 
 
 def parse_expression(campaign: Campaign, where: str, sql: str) -> sge.Expr:
@@ -306,20 +315,49 @@ def _files_of(campaign: Campaign, folder: Path, table: str) -> list[Path]:
     )
 
 
-def _read_csv(files: list[Path], as_text: Sequence[str], options: Csv, engine: Engine) -> ibis.Table:
-    """Types are decided by every value, not a sample; times and keys stay text.
-
-    DuckDB would read the key 00123 as 123, and drop the zone of 2024-01-01T00:00:00+02:00 without a word.
-    """
-    paths = [str(file) for file in files]
+def _read_csv(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
+    """Every column as text. DuckDB would read the key 00123 as 123, and lose the zone of a time without a word."""
     stated: dict[str, Any] = {"encoding": options.encoding or _encoding(files[0]), "hive_partitioning": False}
     if options.separator:
         stated["delim"] = options.separator
     if options.quote:
         stated["quote"] = options.quote
-    columns = engine.backend.read_csv(paths, all_varchar=True, **stated).columns
-    types = {name: "VARCHAR" for name in as_text if name in columns}
-    return engine.backend.read_csv(paths, types=types or None, sample_size=-1, **stated)
+    return engine.backend.read_csv([str(file) for file in files], all_varchar=True, **stated)
+
+
+def _typed(table: ibis.Table, columns: Sequence[str], engine: Engine) -> tuple[ibis.Table, dict[str, str]]:
+    """Adds, for text columns that an expression computes with, ones of the type that fits every value.
+
+    Returns:
+        The table, and the name of the added column for each such column. The text itself stays: 00123 is a key.
+    """
+    texts = [name for name in dict.fromkeys(columns) if table[name].type().is_string()]
+    if not texts:
+        return table, {}
+    counts: dict[str, Any] = {}
+    for i, name in enumerate(texts):
+        value = table[name].strip().nullif("")
+        counts[f"there_{i}"] = value.count()
+        counts |= {f"{kind}_{i}": value.try_cast(kind).count() for kind in _TYPES_TRIED}
+        # DuckDB rounds "12.13" to the integer 12 rather than refuse it.
+        counts[f"int64_{i}"] = value.re_search(r"^[+-]?\d{1,18}$").sum().fill_null(0)
+    found = engine.arrow(table.aggregate(**counts)).to_pylist()[0]
+    casts: dict[str, Any] = {}
+    for i, name in enumerate(texts):
+        fitting = [kind for kind in _TYPES_TRIED if found[f"{kind}_{i}"] == found[f"there_{i}"] > 0]
+        if fitting:
+            casts[f"typed__{name}"] = table[name].strip().nullif("").cast(fitting[0])
+    typed = {name.removeprefix("typed__"): name for name in casts}
+    return (table.mutate(**casts) if casts else table), typed
+
+
+def _over(typed: Mapping[str, str], expression: sge.Expr) -> sge.Expr:
+    """The expression reading the typed columns."""
+    copied = expression.copy()
+    for column in list(copied.find_all(sge.Column)):
+        if column.name in typed:
+            column.set("this", sge.to_identifier(typed[column.name], quoted=True))
+    return copied
 
 
 def _encoding(file: Path) -> str:
@@ -364,12 +402,12 @@ def _require_distinct_names(what: str, names: Sequence[str]) -> None:
             )
 
 
-def _database_source(table: ibis.Table, connection: str, as_text: Sequence[str], engine: Engine) -> SourceTable:
+def _database_source(table: ibis.Table, connection: str, engine: Engine) -> SourceTable:
     remote = table.get_backend() is not engine.backend
 
     def read(file: Path, types: dict[str, str]) -> ibis.Table:
         if not connection.startswith(POSTGRES):  # SQLite's types bind nobody: what is there decides
-            return _read_csv([file], as_text, Csv(separator=",", quote='"', encoding="utf-8"), engine)
+            return _read_csv([file], Csv(separator=",", quote='"', encoding="utf-8"), engine)
         options: Any = {"columns": types, "auto_detect": False, "header": True, "allow_quoted_nulls": False}
         return engine.backend.read_csv(str(file), delim=",", quote='"', escape='"', **options)
 
@@ -420,7 +458,7 @@ def _fetch(source: SourceTable, selected: ibis.Table, engine: Engine) -> ibis.Ta
         else:
             _dump_rows(backend.con.execute(query), list(selected.columns), file)
     types = {column: _duckdb_type(dtype) for column, dtype in selected.schema().items()}
-    return source.read_csv(Path(name), types)
+    return source.read_copy(Path(name), types)
 
 
 def _dump_rows(cursor: Any, columns: list[str], file: Any) -> None:

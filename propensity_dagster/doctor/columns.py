@@ -34,9 +34,13 @@ def profile_columns(table: ibis.Table, kinds: Mapping[str, str], engine: Engine)
         parts[f"there_{i}"] = column.count()
         if kind == "number":  # how many different numbers is not worth a hash table
             parts |= {f"distinct_{i}": column.approx_nunique(), f"low_{i}": column.min(), f"high_{i}": column.max()}
-        else:
-            parts |= {f"distinct_{i}": column.nunique(), f"typical_{i}": column.mode()}
     found = engine.arrow(table.aggregate(**parts)).to_pylist()[0]
+    for i, (name, kind) in enumerate(kinds.items()):
+        if kind != "number":
+            groups = table.filter(table[name].notnull()).group_by(v=table[name]).aggregate(n=ibis._.count())
+            found[f"distinct_{i}"] = engine.arrow(groups.aggregate(n=groups.count()))["n"][0].as_py()
+            first = engine.arrow(groups.order_by([ibis.desc("n"), "v"]).limit(1))["v"]
+            found[f"typical_{i}"] = first[0].as_py() if len(first) else ""
     rows = max(found["rows"], 1)
 
     def typical(i: int, kind: str) -> str:

@@ -17,19 +17,18 @@ from propensity_dagster.data.decisions import (
     DECIDED_AT,
     DECISIONS,
     POSITION,
-    feature_types,
     ingest_decisions,
     outcome_values,
     resolve_outcome,
+    stored_types,
     validate_decisions,
 )
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.lake import Home, publish_table
+from propensity_dagster.data.lake import Home
 from propensity_dagster.doctor.columns import is_code, judge_columns, judge_leaks, profile_columns
 from propensity_dagster.doctor.findings import Diagnosis, OutcomeRate, TableProfile, judge_counts, rate_change
-from propensity_dagster.errors import DataContractError, InsufficientDataError
-from propensity_dagster.features.past_decisions import publish_decision_training_set
-from propensity_dagster.features.snapshots import SPLITS
+from propensity_dagster.errors import DataContractError
+from propensity_dagster.features.past_decisions import count_decision_splits
 
 _SAMPLE = 200_000
 
@@ -52,9 +51,8 @@ def diagnose_decisions(campaign: TableCampaign, home: Home, engine: Engine, *, i
     if not ingested and not _validated(diagnosis, campaign, seen, engine):
         return diagnosis
     table = engine.read(lake.existing(f"validated_{DECISIONS}"))
-    kinds = {
-        name: kind for name, kind in feature_types(campaign, raw, engine).items() if name not in campaign.protected
-    }
+    types = stored_types(campaign, lake.file(f"validated_{DECISIONS}"))
+    kinds = {name: kind for name, kind in types.items() if name not in campaign.protected}
     total = pq.read_metadata(lake.file(f"raw_{DECISIONS}")).num_rows
     good = pq.read_metadata(lake.file(f"validated_{DECISIONS}")).num_rows
     if good < total:
@@ -81,7 +79,7 @@ def diagnose_decisions(campaign: TableCampaign, home: Home, engine: Engine, *, i
         )
     judge_leaks(diagnosis, DECISIONS, sample, kinds, y)
     _judge_repeats(diagnosis, campaign, raw, total, engine)
-    _judge_outcome(diagnosis, campaign, seen, engine, total)
+    _judge_outcome(diagnosis, campaign, seen, engine)
     diagnosis.features = [(name, f"column {name}, a {kind}") for name, kind in kinds.items()]
     return diagnosis
 
@@ -95,24 +93,18 @@ def _validated(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine
     return True
 
 
-def _judge_outcome(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine: Engine, total: int) -> None:
-    scratch = Home(Path(tempfile.mkdtemp(dir=engine.scratch)))
-    publish_table(
-        pq.read_table(home.lake(campaign.name).file(f"validated_{DECISIONS}")),
-        scratch.lake(campaign.name).file(f"validated_{DECISIONS}"),
-    )
-    try:
-        publish_decision_training_set(campaign, scratch, engine)
-    except InsufficientDataError as error:
-        diagnosis.add("P105", f"outcome.{campaign.outcome.column}", str(error).removeprefix(f"{campaign.file}: "))
-        return
-    splits = pq.read_table(scratch.lake(campaign.name).file(SPLITS)).to_pylist()
-    diagnosis.outcome = [OutcomeRate(s["snapshot"], s["split"], s["rows"], s["converted"]) for s in splits]
+def _judge_outcome(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine: Engine) -> None:
+    for side in count_decision_splits(campaign, home, engine):
+        diagnosis.outcome.append(OutcomeRate(side["snapshot"], side["split"], side["rows"], side["converted"]))
     train = next(o for o in diagnosis.outcome if o.split == "train")
     chosen = diagnosis.outcome if campaign.split.folds else [train]  # in folds every row trains, and tests once
     rows, converted = sum(o.rows for o in chosen), sum(o.converted for o in chosen)
     where = f"outcome.{campaign.outcome.column}"
     judge_counts(diagnosis, where, rows, converted, f"in {rows:,} rows to learn from", campaign.min_converters)
+    test = next(o for o in diagnosis.outcome if o.split == "test")
+    if test.converted in (0, test.rows):
+        message = f"{test.converted:,} of {test.rows:,} test rows converted"
+        diagnosis.add("P105", where, message, "Both outcomes are needed: use more rows, or a larger split.test")
     changed = rate_change(diagnosis.outcome)
     if changed and not campaign.split.folds:
         fix = "" if campaign.prior.adapt else "Let the scores follow it: prior: {adapt: true}"
@@ -139,6 +131,8 @@ def _judge_times(diagnosis: Diagnosis, campaign: TableCampaign, raw: ibis.Table,
 
 
 def _judge_repeats(diagnosis: Diagnosis, campaign: TableCampaign, raw: ibis.Table, total: int, engine: Engine) -> None:
+    if campaign.source.key is not None:
+        return  # rows of a key differ in the key, or are its history
     distinct = raw.drop(POSITION).distinct()
     again = total - engine.arrow(distinct.aggregate(n=distinct.count()))["n"][0].as_py()
     if again > 0.01 * total:

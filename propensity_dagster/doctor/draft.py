@@ -78,6 +78,12 @@ class _Column:
         """Whether its name ends like one of an identifier."""
         return bool(re.search(r"(^|_|[a-z])(id|ID|Id|key|no|number|No|nr)$", self.name))
 
+    @property
+    def is_entity(self) -> bool:
+        """Whether it names a person or an account: customer, customer_id, but not customer_type."""
+        bare = re.sub(r"[^a-z]", "", self.name.lower())
+        return any(bare in (word, f"{word}id", f"{word}key", f"{word}no", f"{word}number") for word in _ENTITY_WORDS)
+
 
 @dataclass(frozen=True)
 class _Table:
@@ -154,14 +160,14 @@ def _look(name: str, place: str, file: Path, home: Home, engine: Engine) -> list
     )
     with reading(f"--from {place}"):
         if is_file:
-            opened = {Path(place).stem: open_files(campaign, [Path(place)], [], engine)}
+            opened = {Path(place).stem: open_files(campaign, [Path(place)], engine)}
         elif is_database(source_connection(campaign)):
             names = tables_of_database(campaign, source_connection(campaign), engine)
-            opened = {table: open_table(campaign, table, [], home, engine) for table in names}
+            opened = {table: open_table(campaign, table, home, engine) for table in names}
         else:
             folder = source_folder(campaign, home) or Path(place)
             names = list(dict.fromkeys(table_of(folder, f) for f in files_in(folder)))
-            opened = {table: open_table(campaign, table, [], home, engine) for table in names}
+            opened = {table: open_table(campaign, table, home, engine) for table in names}
         if not opened:
             raise ConfigError(f"--from: {place} holds no table")
         return [_profile(table, source.table, engine) for table, source in opened.items()]
@@ -238,12 +244,11 @@ def _decisions(name: str, place: str, table: _Table, outcome: str | None) -> tup
         else {"connection": place, "table": table.name}
     )
     notes = {"source.path": "one row per past decision", "source.table": "one row per past decision"}
-    key = table.first(
-        lambda c: (c.is_identifier or c.named(_ENTITY_WORDS)) and c.distinct == table.rows and c.name != chosen.name
-    )
+    key = table.first(lambda c: c.is_entity and 50 * c.distinct >= table.rows and c.name != chosen.name)
+    key = key or table.first(lambda c: c.is_identifier and c.distinct == table.rows and c.name != chosen.name)
     if key is not None:
         source["key"] = key.name
-        notes["source.key"] = "different in every row"
+        notes["source.key"] = "rows of one of them stay on one side of every split"
     if table.time is not None:
         source["order"] = table.time.name
         notes["source.order"] = "the newest rows are the test"
@@ -270,8 +275,8 @@ def _entity_key(tables: Sequence[_Table]) -> str | None:
     counts: dict[str, int] = {}
     for table in tables:
         for column in table.columns:
-            if column.named(_ENTITY_WORDS) or (column.is_identifier and len(tables) > 1):
-                counts[column.name] = counts.get(column.name, 0) + 1 + 10 * column.named(_ENTITY_WORDS)
+            if column.is_entity or (column.is_identifier and len(tables) > 1):
+                counts[column.name] = counts.get(column.name, 0) + 1 + 10 * column.is_entity
         if len(tables) == 1:
             for column in table.columns:
                 if column.is_identifier and column.name not in counts and column.distinct < column.filled:

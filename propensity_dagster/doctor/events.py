@@ -97,7 +97,7 @@ def _judge_stream(
     row = engine.cache(row.select(*kept))
     fine = row.filter(row.reason.isnull())
     counts: dict[str, Any] = {"first": fine.time.min(), "last": fine.time.max(), "n": fine.count()}
-    counts["entities"] = fine[campaign.key].approx_nunique()
+    counts["entities"] = fine[campaign.key].nunique()
     if stream.id and not stream.lines:
         counts["ids"] = fine.event_id.nunique()
     if stream.ingested_at:

@@ -84,6 +84,23 @@ def publish_decision_training_set(campaign: TableCampaign, home: Home, engine: E
     return TrainingSetReport(rows, converted, shared_entities(campaign.key, lake.file(TRAINING_SET), engine))
 
 
+def count_decision_splits(campaign: TableCampaign, home: Home, engine: Engine) -> list[dict[str, Any]]:
+    """Rows and converters of each side, as `publish_decision_training_set` would split them."""
+    file = home.lake(campaign.name).existing(f"validated_{DECISIONS}")
+    order = _order(campaign, file, engine)
+    column = order.column if order else campaign.key
+    counts = {TRAIN: [0, 0], TEST: [0, 0]}
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS, columns=[column, CONVERTED]):
+        table = pa.Table.from_batches([batch])
+        _, is_test = _assign(campaign, table, order)
+        labels = table[CONVERTED].to_numpy(zero_copy_only=False)
+        for split, chosen in ((TRAIN, ~is_test), (TEST, is_test)):
+            counts[split][0] += int(chosen.sum())
+            counts[split][1] += int(labels[chosen].sum())
+    words = order.words if order else _words_of_hash(campaign)
+    return [{"snapshot": words[s], "split": s, "rows": n, "converted": k} for s, (n, k) in counts.items()]
+
+
 def _assign(campaign: TableCampaign, table: pa.Table, order: _Order | None) -> tuple[Any, Any]:
     """Fold (n,) and whether a row tests (n,)."""
     if order is not None:
