@@ -40,8 +40,8 @@ def server(folder: Path) -> Generator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
-    def run(*command: str) -> None:
-        subprocess.run([*prefix, *command], check=True, capture_output=True, cwd=folder)
+    def run(*command: str, check: bool = True) -> None:
+        subprocess.run([*prefix, *command], check=check, capture_output=True, cwd=folder)
 
     data = str(folder / "data")
     run(str(pg / "initdb"), "-D", data, "-U", "propensity", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}")
@@ -50,4 +50,4 @@ def server(folder: Path) -> Generator[str]:
     try:
         yield f"propensity@127.0.0.1:{port}/postgres"
     finally:
-        run(str(pg / "pg_ctl"), "-D", data, "-m", "immediate", "stop")
+        run(str(pg / "pg_ctl"), "-D", data, "-m", "immediate", "stop", check=False)

@@ -179,6 +179,7 @@ def test_every_command_of_the_readme_exists(command):
         assert words[0] in ("propensity", ".venv/bin/propensity")
         known = [w for w in words[1:] if re.fullmatch(r"[a-z]+", w)][:2]
         files = [w for w in words[1:] if w.endswith(".yaml")]
-        assert all((ROOT / f).exists() for f in files)
+        written = [f for f in files if f.startswith("campaigns/")]  # test_draft.py types those commands
+        assert all((ROOT / f).exists() for f in files if f not in written)
         checked = [*PROPENSITY, *known[: 2 if known[0] == "champion" else 1], "--help"]
     subprocess.run(checked, cwd=ROOT, check=True, capture_output=True)

@@ -104,7 +104,9 @@ def _judge_stream(
         late = coerce.day_number(fine.ingested_at) - fine.day > campaign.source.late_days
         counts["late"] = late.sum()
     found = engine.arrow(fine.aggregate(**counts)).to_pylist()[0]
-    reasons = engine.arrow(row.group_by("reason").aggregate(n=row.count()).order_by(ibis.desc("n"))).to_pylist()
+    reasons = engine.arrow(
+        row.group_by("reason").aggregate(n=row.count()).order_by([ibis.desc("n"), "reason"])
+    ).to_pylist()
     rows = sum(r["n"] for r in reasons)
     bad = [(r["reason"], r["n"]) for r in reasons if r["reason"] is not None]
     _judge_bad_rows(diagnosis, campaign, name, rows, bad)
@@ -162,7 +164,9 @@ def _judge_entities(
     types = attribute_types(campaign, raw, engine)
     row = judge_entities(campaign, raw, types)
     row = engine.cache(row.select(campaign.key, "created_at", *types, "reason"))
-    reasons = engine.arrow(row.group_by("reason").aggregate(n=row.count()).order_by(ibis.desc("n"))).to_pylist()
+    reasons = engine.arrow(
+        row.group_by("reason").aggregate(n=row.count()).order_by([ibis.desc("n"), "reason"])
+    ).to_pylist()
     rows = sum(r["n"] for r in reasons)
     _judge_bad_rows(diagnosis, campaign, name, rows, [(r["reason"], r["n"]) for r in reasons if r["reason"]])
     fine = row.filter(row.reason.isnull())
