@@ -438,12 +438,20 @@ def test_folds_judge_every_row_by_a_model_that_never_saw_it(tmp_path):
         exclude={"decided": "the order is not used here"},
         split={"folds": 3},
         models=["baseline", "logistic_regression"],
+        search={"seconds": 9, "trials": 2, "models": ["logistic_regression"]},
         min_converters=100,
     )
     pq.write_table(made_up(3_000), tmp_path / "data.parquet")
     home = Home(tmp_path / "home")
-    run_through_dagster(campaign, home)
+    *_, instance = run_through_dagster(campaign, home)
     record = json.loads((home.reports("past") / "evaluation.json").read_text())
     assert record["rows"] == 3_000
+    import dagster as dg
+
+    shown = instance.get_latest_materialization_event(dg.AssetKey(["past", "candidate_logistic_regression"]))
+    metadata = shown.asset_materialization.metadata
+    assert metadata["search_trials"].value == 2
+    assert metadata["search_log_loss_best"].value <= metadata["search_log_loss_as_stated"].value
+    assert "data:image/png" in metadata["search"].md_str
     assert (home.candidates("past") / "fold1" / "logistic_regression" / "model.json").exists()
     assert record["training"]["logistic_regression"]["rows"]["train"] < 2_300

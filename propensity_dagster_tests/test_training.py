@@ -8,6 +8,7 @@ from scipy.special import expit, logit
 
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.campaign_sections import Candidate, Search
+from propensity_dagster.features.definitions import define_features, features_markdown
 from propensity_dagster.models.base import Fit
 from propensity_dagster.models.baseline import CellBaseline
 from propensity_dagster.models.calibration import log_loss
@@ -144,3 +145,17 @@ def test_a_search_keeps_to_its_time(campaign, tmp_path):
     candidate = Candidate(name="logistic_regression")
     _, facts = search_candidate(campaign, search, candidate, data_of(500), data_of(300, 1), tmp_path / "o.db", "s")
     assert 1 <= facts["trials"] < 20
+
+
+def test_no_model_sees_a_protected_attribute(campaign):
+    """It stays in the training set, where it is a segment, and in no contract."""
+    import pyarrow as pa
+
+    gender = {"attributes": {**campaign.source.entities.attributes, "gender": {"type": "category", "protected": True}}}
+    entities = campaign.source.entities.model_validate({**campaign.source.entities.model_dump(), **gender})
+    guarded = campaign.model_copy(update={"source": campaign.source.model_copy(update={"entities": entities})})
+    assert guarded.protected == ("gender",)
+    assert guarded.all_segments == (*campaign.segments, "gender")
+    table = pa.table({"customer_id": ["1", "2"], "age": [1.0, 2.0], "gender": ["f", "m"], "converted": [True, False]})
+    assert FeatureContract.fit(table, "customer_id", guarded.protected).names == ["age"]
+    assert "protected: no model sees it" in features_markdown(guarded, define_features(guarded, {"gender": "category"}))

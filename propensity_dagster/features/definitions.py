@@ -58,7 +58,8 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
         ),
     ]
     for name, kind in attribute_types.items():
-        features.append(Feature(name, f"attribute {name}", kind, "", "", _column(f"attribute__{name}")))
+        words = ", protected: no model sees it" if name in campaign.protected else ""
+        features.append(Feature(name, f"attribute {name}{words}", kind, "", "", _column(f"attribute__{name}")))
     for name, stream in campaign.source.streams.items():
         features += _stream_features(campaign, name, stream)
     known = {feature.name for feature in features}
