@@ -88,7 +88,7 @@ def diagnosis_asset(campaign: Campaign, looked_at: Sequence[str]) -> dg.AssetsDe
         publish_text(found.to_json(), file)
         if found.errors:  # a failed run, not only a failed check, so that every caller is told why
             raise DataContractError("; ".join(f.sentence for f in found.errors))
-        rows = [{"code": f.code, "severity": f.severity, "where": f.where, "finding": f.sentence} for f in found.ranked]
+        rows = [{"finding": f"{f.severity}, {f.where}: {f.sentence}"} for f in found.ranked]  # one wide column
         warnings = [f.sentence for f in found.findings if f.severity == WARNING]
         return dg.MaterializeResult(
             metadata={

@@ -1,6 +1,7 @@
 """Event days: their arithmetic, and publishing a stream of rows as one file a day."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,29 @@ from propensity_dagster.data.lake import UNPLACED, publish_table
 
 EPOCH = date(1970, 1, 1)
 pc: Any = compute  # its functions are made at import, which no type checker sees
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """The days a campaign covers, both inclusive. `last` is None while they go on."""
+
+    first: date
+    last: date | None
+
+    @property
+    def newest(self) -> date:
+        """The last day, or today."""
+        return self.last or date.today()
+
+
+@dataclass(frozen=True)
+class TimeRange:
+    """Which rows an incremental read wants: `column` within these days, or not within the calendar at all."""
+
+    column: str
+    first: date
+    last: date
+    calendar: Calendar
 
 
 def days_between(first: date, last: date) -> list[date]:

@@ -25,9 +25,10 @@ from propensity_dagster.contracts import decision_contract
 from propensity_dagster.data import coerce
 from propensity_dagster.data.connections import reading, resolve_path
 from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.files import files_in
 from propensity_dagster.data.lake import Home, publishing
 from propensity_dagster.data.quarantine import REASON, count_violations, reason_for
-from propensity_dagster.data.sources import SourceTable, files_in, open_decisions, open_place, select_declared
+from propensity_dagster.data.sources import open_decisions, open_place, select_declared
 from propensity_dagster.data.validate import NUMBER_SHARE, ValidationReport, require_few_bad_rows
 from propensity_dagster.errors import ConfigError, DataContractError, InsufficientDataError
 
@@ -286,7 +287,7 @@ def _order_column(campaign: TableCampaign) -> list[str]:
     return [order] if order not in (None, "file") else []
 
 
-def _columns(campaign: TableCampaign, source: SourceTable) -> list[str]:
+def _columns(campaign: TableCampaign, source: ibis.Table) -> list[str]:
     """The key and every column that may be a feature, derived ones last.
 
     Raises:
@@ -314,7 +315,7 @@ def _columns(campaign: TableCampaign, source: SourceTable) -> list[str]:
 
 
 def _publish_raw(
-    campaign: TableCampaign, source: SourceTable, declared: Sequence[str], file: Path, engine: Engine
+    campaign: TableCampaign, source: ibis.Table, declared: Sequence[str], file: Path, engine: Engine
 ) -> int:
     derive, where = campaign.source.derive, campaign.source.where
     names = list(dict.fromkeys(declared))

@@ -21,10 +21,10 @@ from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.data import coerce
 from propensity_dagster.data.connections import reading
-from propensity_dagster.data.days import day_index, days_between, publish_days, stable_order, stored_rows
+from propensity_dagster.data.days import TimeRange, day_index, days_between, publish_days, stable_order, stored_rows
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home, Lake, publish_table, publish_text
-from propensity_dagster.data.sources import SourceTable, TimeRange, campaign_calendar, open_table, select_declared
+from propensity_dagster.data.sources import campaign_calendar, is_remote, open_table, select_declared
 from propensity_dagster.errors import DataContractError, InsufficientDataError
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def ingest_stream(campaign: EventCampaign, name: str, first: date, last: date, h
         wanted = placed.day.isnull() | ((placed.day >= day_index(first)) & (placed.day <= day_index(last)))
         ordered = placed.filter(wanted).order_by([placed.day.asc(nulls_first=False), *stable_order(placed, ["day"])])
         before = stored_rows([lake.partition(f"raw_{name}", "day", d) for d in days_between(first, last)])
-        if not _note_source_rows(lake, name, engine, source.table if source.remote else table):
+        if not _note_source_rows(lake, name, engine, source if is_remote(source, engine) else table):
             raise InsufficientDataError(
                 f"{campaign.file}: {where}: table {stream.table!r} has no rows that pass its filter"
             )
@@ -142,9 +142,9 @@ def newest_source_day(campaign: EventCampaign, home: Home, engine: Engine, *, un
     where = f"{campaign.file}: source.streams.{name}"
     with reading(where):
         source = open_table(campaign, stream.table, home, engine)
-        kind = source.table[stream.time].type() if stream.time in source.columns else None
-        if source.remote and kind is not None and (kind.is_timestamp() or kind.is_date()):
-            table, day = source.table, source.table[stream.time].date()
+        kind = source[stream.time].type() if stream.time in source.columns else None
+        if is_remote(source, engine) and kind is not None and (kind.is_timestamp() or kind.is_date()):
+            table, day = source, source[stream.time].date()
         else:
             _, table = declared_stream(campaign, name, stream, home, engine)
             day = coerce.utc_time(table[stream.time], stream.time_format, f"{where}.time").date()
@@ -174,7 +174,7 @@ def newest_event_day(campaign: EventCampaign, home: Home) -> date:
 
 def declared_stream(
     campaign: EventCampaign, name: str, stream: Stream, home: Home, engine: Engine, within: TimeRange | None = None
-) -> tuple[SourceTable, ibis.Table]:
+) -> tuple[ibis.Table, ibis.Table]:
     """The table as it is in the source, and its declared columns in the engine."""
     key = stream.key or campaign.key
     optional = [stream.id, stream.amount, stream.type, stream.ingested_at]

@@ -8,26 +8,20 @@ campaign file is computed: equal data give equal results from every kind of sour
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
-import csv
 import difflib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import ibis
-import pyarrow.parquet as pq
 import sqlglot
 import sqlglot.expressions as sge
 
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
-from propensity_dagster.campaign_sections import Csv
 from propensity_dagster.data import coerce
 from propensity_dagster.data.connections import (
     DUCKDB,
-    POSTGRES,
     database_table,
     is_database,
     open_database,
@@ -36,58 +30,15 @@ from propensity_dagster.data.connections import (
     resolve_path,
     source_connection,
 )
+from propensity_dagster.data.days import Calendar, TimeRange
 from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.files import files_in, read_files, require_distinct_names, table_of
 from propensity_dagster.data.lake import Home
+from propensity_dagster.data.remote import fetch
 from propensity_dagster.errors import ConfigError, DataContractError
 from propensity_dagster.synthetic import is_synthetic, open_world
 
-_SAMPLE_BYTES = 1 << 20
-_FETCH_ROWS = 65_536
 _TYPES_TRIED = ("int64", "float64", "timestamp", "boolean")
-_DAY = timedelta(days=1)
-
-
-@dataclass(frozen=True)
-class Calendar:
-    """The days a campaign covers, both inclusive. `last` is None while they go on."""
-
-    first: date
-    last: date | None
-
-    @property
-    def newest(self) -> date:
-        """The last day, or today."""
-        return self.last or date.today()
-
-
-@dataclass(frozen=True)
-class TimeRange:
-    """Which rows an incremental read wants: `column` within these days, or not within the calendar at all."""
-
-    column: str
-    first: date
-    last: date
-    calendar: Calendar
-
-
-@dataclass(frozen=True)
-class SourceTable:
-    """A table of the source.
-
-    Attributes:
-        table: its columns; those of CSV files are text.
-        remote: whether it lives in another database than the engine.
-        read_copy: reads what `_fetch` has copied to a file, given the columns' types in the database.
-    """
-
-    table: ibis.Table
-    remote: bool
-    read_copy: Callable[[Path, dict[str, str]], ibis.Table]
-
-    @property
-    def columns(self) -> list[str]:
-        """Names of its columns."""
-        return list(self.table.columns)
 
 
 def campaign_calendar(campaign: Campaign) -> Calendar:
@@ -119,7 +70,7 @@ def source_folder(campaign: Campaign, home: Home) -> Path | None:
     return None if is_database(connection) else resolve_path(campaign, "source.connection", connection)
 
 
-def open_table(campaign: Campaign, table: str, home: Home, engine: Engine) -> SourceTable:
+def open_table(campaign: Campaign, table: str, home: Home, engine: Engine) -> ibis.Table:
     """A table of the source, as it is.
 
     Raises:
@@ -130,24 +81,24 @@ def open_table(campaign: Campaign, table: str, home: Home, engine: Engine) -> So
     folder = source_folder(campaign, home)
     with reading(f"{campaign.file}: table {table!r}"):
         if folder is not None:
-            return open_files(campaign, _files_of(campaign, folder, table), engine)
+            return read_files(_files_of(campaign, folder, table), campaign.source.csv, engine)
         connection = source_connection(campaign)
         found = database_table(campaign, "source.connection", connection, table, engine)
-        _require_distinct_names(f"{campaign.file}: table {table!r}", list(found.columns))
-        return _database_source(found, connection, engine)
+        require_distinct_names(f"{campaign.file}: table {table!r}", list(found.columns))
+        return found
 
 
-def open_place(campaign: TableCampaign, place: str, home: Home, engine: Engine) -> SourceTable:
+def open_place(campaign: TableCampaign, place: str, home: Home, engine: Engine) -> ibis.Table:
     """A file, a folder of files, or a table of the source's connection."""
     source = campaign.source
     if source.table is not None and "/" not in place and not place.endswith((".csv", ".parquet")):
         return open_table(campaign, place, home, engine)
     path = resolve_path(campaign, "rows to score", place)
     with reading(f"{campaign.file}: {path}"):
-        return open_files(campaign, files_in(path), engine)
+        return _read_place(campaign, path, engine)
 
 
-def open_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> SourceTable:
+def open_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> ibis.Table:
     """The table of past decisions: its path, or a table of a connection."""
     source = campaign.source
     if source.table is not None:
@@ -155,7 +106,7 @@ def open_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> Sourc
     path = source_folder(campaign, home)
     assert path is not None, "a path names files"
     with reading(f"{campaign.file}: {path}"):
-        return open_files(campaign, files_in(path), engine)
+        return _read_place(campaign, path, engine)
 
 
 def tables_of_database(campaign: Campaign, connection: str, engine: Engine) -> list[str]:
@@ -163,23 +114,6 @@ def tables_of_database(campaign: Campaign, connection: str, engine: Engine) -> l
     backend = open_database(campaign, "source.connection", connection, engine)
     place: Any = ("source_database", "main") if connection.startswith(DUCKDB) else None
     return sorted(backend.list_tables(database=place) if place else backend.list_tables())
-
-
-def open_files(campaign: Campaign, files: list[Path], engine: Engine) -> SourceTable:
-    """Parquet or CSV files of one table.
-
-    Raises:
-        ConfigError: when there is no file.
-    """
-    if not files:
-        raise ConfigError(f"{campaign.file}: there is no *.parquet or *.csv file to read")
-    engine.note_files(files)
-    _require_distinct_names(str(files[0]), _header(files[0], campaign.source.csv))
-    if files[0].suffix == ".csv":
-        table = _read_csv(files, campaign.source.csv, engine)
-    else:
-        table = engine.backend.read_parquet([str(f) for f in files], hive_partitioning=False)
-    return SourceTable(table, False, lambda _file, _types: table)
 
 
 def changed_files(campaign: Campaign, home: Home, seen: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -212,7 +146,7 @@ def days_in_files(
         own = [Path(f) for f in files if folder is not None and table_of(folder, Path(f)) == stream.table]
         if not own:
             continue
-        table = open_files(campaign, own, engine).table
+        table = read_files(own, campaign.source.csv, engine)
         time = coerce.utc_time(table[stream.time], stream.time_format, f"{campaign.file}: source.streams.{name}.time")
         days = table.select(day=time.date())
         days = days.filter((days.day >= calendar.first) & (days.day <= calendar.newest))
@@ -224,7 +158,7 @@ def days_in_files(
 def select_declared(
     campaign: Campaign,
     where: str,
-    source: SourceTable,
+    source: ibis.Table,
     engine: Engine,
     declared: Sequence[str],
     derive: Mapping[str, str],
@@ -244,7 +178,7 @@ def select_declared(
     """
     expressions = {name: parse_expression(campaign, f"{where}.derive.{name}", sql) for name, sql in derive.items()}
     condition = parse_expression(campaign, f"{where}.where", row_filter) if row_filter else None
-    available = source.columns
+    available = list(source.columns)
     read: list[str] = [name for name in declared if name not in derive]
     for name, expression in expressions.items():
         _check_columns(campaign, f"{where}.derive.{name}", _columns_of(expression), available, ConfigError)
@@ -255,9 +189,9 @@ def select_declared(
         read += [name for name in _columns_of(condition) if name not in derive]
     _check_columns(campaign, where, read, available, DataContractError)
     computed = [name for e in (*expressions.values(), condition) if e is not None for name in _columns_of(e)]
-    selected = source.table.select(*dict.fromkeys(read))
-    if source.remote:
-        selected = _fetch(source, _restricted(selected, within), engine)
+    selected = source.select(*dict.fromkeys(read))
+    if is_remote(source, engine):
+        selected = fetch(selected, within, engine)
     selected, typed = _typed(selected, [name for name in computed if name in selected.columns], engine)
     if number_rows:
         selected = selected.mutate(position=(ibis.row_number() + 1).cast("int64"))
@@ -290,17 +224,16 @@ def parse_expression(campaign: Campaign, where: str, sql: str) -> sge.Expr:
     return expression
 
 
-def files_in(path: Path) -> list[Path]:
-    """The data files of a folder, or the file itself."""
-    if path.is_file():
-        return [path]
-    return [f for f in sorted(path.rglob("*")) if f.suffix in (".parquet", ".csv") and not f.name.startswith(".")]
+def is_remote(table: ibis.Table, engine: Engine) -> bool:
+    """Whether a table lives in another database than the engine."""
+    return table.get_backend() is not engine.backend
 
 
-def table_of(folder: Path, file: Path) -> str:
-    """The table a file of the source folder belongs to: its own name, or its first folder's."""
-    relative = file.relative_to(folder) if file.is_relative_to(folder) else file
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def _read_place(campaign: Campaign, path: Path, engine: Engine) -> ibis.Table:
+    files = files_in(path)
+    if not files:
+        raise ConfigError(f"{campaign.file}: there is no *.parquet or *.csv file in {path}")
+    return read_files(files, campaign.source.csv, engine)
 
 
 def _files_of(campaign: Campaign, folder: Path, table: str) -> list[Path]:
@@ -313,16 +246,6 @@ def _files_of(campaign: Campaign, folder: Path, table: str) -> list[Path]:
     raise ConfigError(
         f"{campaign.file}: table {table!r} is not in {folder}; there are {', '.join(names) or 'no files'}"
     )
-
-
-def _read_csv(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
-    """Every column as text. DuckDB would read the key 00123 as 123, and lose the zone of a time without a word."""
-    stated: dict[str, Any] = {"encoding": options.encoding or _encoding(files[0]), "hive_partitioning": False}
-    if options.separator:
-        stated["delim"] = options.separator
-    if options.quote:
-        stated["quote"] = options.quote
-    return engine.backend.read_csv([str(file) for file in files], all_varchar=True, **stated)
 
 
 def _typed(table: ibis.Table, columns: Sequence[str], engine: Engine) -> tuple[ibis.Table, dict[str, str]]:
@@ -358,127 +281,6 @@ def _over(typed: Mapping[str, str], expression: sge.Expr) -> sge.Expr:
         if column.name in typed:
             column.set("this", sge.to_identifier(typed[column.name], quoted=True))
     return copied
-
-
-def _encoding(file: Path) -> str:
-    """UTF-8 unless the beginning of the file cannot be; then Latin-1, in which every byte is a letter."""
-    with file.open("rb") as handle:
-        sample = handle.read(_SAMPLE_BYTES)
-    if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    try:
-        sample.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return "utf-8" if error.start > len(sample) - 4 else "latin-1"  # the sample may end within a letter
-    return "utf-8"
-
-
-def _header(file: Path, options: Csv) -> list[str]:
-    """Column names as they are written, before the engine makes equal ones different."""
-    if file.suffix == ".parquet":
-        return pq.read_schema(file).names
-    encoding = options.encoding or _encoding(file)
-    with file.open(encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), newline="") as handle:
-        line = handle.readline()
-    separator = options.separator or max(",;\t|", key=line.count)
-    names = next(csv.reader([line], delimiter=separator, quotechar=options.quote or '"'), [])
-    if len(names) == 1 and options.separator:
-        others = [repr(other) for other in ",;\t|" if other in line and other != options.separator]
-        if others:
-            raise DataContractError(
-                f"{file}: one column only: csv.separator is {options.separator!r}, but the first line holds "
-                f"{', '.join(others)}"
-            )
-    return names
-
-
-def _require_distinct_names(what: str, names: Sequence[str]) -> None:
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(name.lower(), name)
-        if other is not name:
-            raise DataContractError(
-                f"{what}: the columns {other!r} and {name!r} have one name, but for case; rename one of them"
-            )
-
-
-def _database_source(table: ibis.Table, connection: str, engine: Engine) -> SourceTable:
-    remote = table.get_backend() is not engine.backend
-
-    def read(file: Path, types: dict[str, str]) -> ibis.Table:
-        if not connection.startswith(POSTGRES):  # SQLite's types bind nobody: what is there decides
-            return _read_csv([file], Csv(separator=",", quote='"', encoding="utf-8"), engine)
-        options: Any = {"columns": types, "auto_detect": False, "header": True, "allow_quoted_nulls": False}
-        return engine.backend.read_csv(str(file), delim=",", quote='"', escape='"', **options)
-
-    return SourceTable(table, remote, read)
-
-
-@ibis.udf.scalar.builtin(name="date")
-def _sqlite_date(text: str) -> str:  # pyright: ignore[reportReturnType]
-    """SQLite's own function: the day, or null for what is no time."""
-
-
-def _restricted(table: ibis.Table, within: TimeRange | None) -> ibis.Table:
-    """Rows that may lie in the wanted days, a day more on both sides for time zones; and those without a day.
-
-    Only where the database can tell: numbers and texts of another form are fetched and looked at here.
-    """
-    if within is None:
-        return table
-    column = table[within.column]
-    wanted = (within.first - _DAY, within.last + 2 * _DAY)
-    outside = (within.calendar.first, within.calendar.newest + _DAY)
-    dtype = column.type()
-    if table.get_backend().name == "sqlite":
-        day: Any = _sqlite_date(column.cast("string"))
-        limits = [str(day) for day in (*wanted, *outside)]
-    elif dtype.is_timestamp() or dtype.is_date():
-        day = column
-        limits = [ibis.timestamp(datetime(d.year, d.month, d.day)) for d in (*wanted, *outside)]
-    else:
-        return table
-    start, end, first, newest = limits
-    return table.filter(day.isnull() | ((day >= start) & (day < end)) | (day < first) | (day >= newest))
-
-
-def _fetch(source: SourceTable, selected: ibis.Table, engine: Engine) -> ibis.Table:
-    """Copy the rows of a remote table into the engine's scratch folder, in bounded memory and one statement.
-
-    One statement sees one state of the table, however long it takes and whatever is written meanwhile.
-    """
-    backend: Any = selected.get_backend()
-    query = backend.compile(selected)
-    handle, name = tempfile.mkstemp(suffix=".csv", dir=engine.scratch)
-    with open(handle, "wb") as file:
-        if backend.name == "postgres":
-            with backend.con.cursor() as cursor, cursor.copy(f"COPY ({query}) TO STDOUT (FORMAT csv, HEADER)") as copy:
-                for block in copy:
-                    file.write(block)
-        else:
-            _dump_rows(backend.con.execute(query), list(selected.columns), file)
-    types = {column: _duckdb_type(dtype) for column, dtype in selected.schema().items()}
-    return source.read_copy(Path(name), types)
-
-
-def _dump_rows(cursor: Any, columns: list[str], file: Any) -> None:
-    import io
-
-    with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-        writer = csv.writer(text, quoting=csv.QUOTE_ALL)
-        writer.writerow(columns)
-        while rows := cursor.fetchmany(_FETCH_ROWS):
-            writer.writerows(rows)
-
-
-def _duckdb_type(dtype: Any) -> str:
-    if dtype.is_timestamp():
-        return "TIMESTAMPTZ" if dtype.timezone else "TIMESTAMP"
-    if dtype.is_integer():
-        return "BIGINT"
-    if dtype.is_numeric():
-        return "DOUBLE"
-    return {"boolean": "BOOLEAN", "date": "DATE"}.get(str(dtype).lstrip("!"), "VARCHAR")
 
 
 def _columns_of(expression: sge.Expr) -> list[str]:

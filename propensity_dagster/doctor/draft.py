@@ -21,15 +21,9 @@ from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign, 
 from propensity_dagster.data import coerce
 from propensity_dagster.data.connections import is_database, reading, source_connection
 from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.files import files_in, read_files, table_of
 from propensity_dagster.data.lake import Home
-from propensity_dagster.data.sources import (
-    files_in,
-    open_files,
-    open_table,
-    source_folder,
-    table_of,
-    tables_of_database,
-)
+from propensity_dagster.data.sources import open_table, source_folder, tables_of_database
 from propensity_dagster.doctor import diagnose
 from propensity_dagster.doctor.findings import Diagnosis
 from propensity_dagster.errors import ConfigError, InsufficientDataError
@@ -160,7 +154,7 @@ def _look(name: str, place: str, file: Path, home: Home, engine: Engine) -> list
     )
     with reading(f"--from {place}"):
         if is_file:
-            opened = {Path(place).stem: open_files(campaign, [Path(place)], engine)}
+            opened = {Path(place).stem: read_files([Path(place)], campaign.source.csv, engine)}
         elif is_database(source_connection(campaign)):
             names = tables_of_database(campaign, source_connection(campaign), engine)
             opened = {table: open_table(campaign, table, home, engine) for table in names}
@@ -170,7 +164,7 @@ def _look(name: str, place: str, file: Path, home: Home, engine: Engine) -> list
             opened = {table: open_table(campaign, table, home, engine) for table in names}
         if not opened:
             raise ConfigError(f"--from: {place} holds no table")
-        return [_profile(table, source.table, engine) for table, source in opened.items()]
+        return [_profile(table, source, engine) for table, source in opened.items()]
 
 
 def _profile(name: str, table: ibis.Table, engine: Engine) -> _Table:

@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.data import coerce
-from propensity_dagster.data.days import EPOCH, day_index
+from propensity_dagster.data.days import EPOCH, TimeRange, day_index
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.ingest import declared_entities, declared_stream
 from propensity_dagster.data.lake import UNPLACED, Home
-from propensity_dagster.data.sources import TimeRange, campaign_calendar
+from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.data.validate import attribute_types, judge_entities, judge_stream
 from propensity_dagster.doctor.columns import judge_columns, judge_leaks, profile_columns
 from propensity_dagster.doctor.findings import Diagnosis, OutcomeRate, TableProfile, judge_counts, rate_change

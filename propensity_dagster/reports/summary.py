@@ -27,7 +27,7 @@ _COLUMNS = {
     "calibration_error": ("calibr.\nerror", "{:.4f}"),
     "top_decile_lift": ("top 10%\nlift", "{:.2f}"),
 }
-_NOTES = {"constant": "one score for all", BASELINE: "RFM cells", ORACLE: "best possible here"}
+_NOTES = {"constant": "one score for all", BASELINE: "cells, no model", ORACLE: "best possible here"}
 
 
 def print_summary(campaign: Campaign, home: Home, console: Console) -> None:
@@ -38,7 +38,7 @@ def print_summary(campaign: Campaign, home: Home, console: Console) -> None:
         _models(record),
         Text(_sentence_of_decision(record)),
         *_oracle(record),
-        *_value(campaign, home),
+        *_value(campaign, home, record),
         _where(campaign, home),
     ]
     body = Group(*(item for part in parts for item in (part, Text(""))))
@@ -58,6 +58,14 @@ def _data(campaign: Campaign, home: Home) -> list[Any]:
     used = [s for s in splits if s["rows"]]
     rows, converted = sum(s["rows"] for s in used), sum(s["converted"] for s in used)
     counts = {name: sum(s["split"] == name for s in splits) for name in ("train", "validate", "test", "embargo")}
+    if not isinstance(campaign, EventCampaign):
+        sides = "; ".join(
+            f"{s['rows']:,} {s['split']} ({s['snapshot']}), {s['converted'] / s['rows']:.2%}" for s in used
+        )
+        return [
+            table,
+            Text(f"{rows:,} decisions, {converted:,} converted: {sides}. Trained in five folds of entities."),
+        ]
     caption = (
         f"{len(used)} snapshots from {used[0]['snapshot']} to {used[-1]['snapshot']} "
         f"({counts['train']} to train, {counts['validate']} to validate, {counts['test']} to test, "
@@ -75,7 +83,7 @@ def _source_tables(campaign: Campaign) -> list[str]:
 
 def _models(record: dict[str, Any]) -> Table:
     table = Table(
-        title=f"Models on {record['rows']:,} rows of the test snapshots, which nothing was fitted on",
+        title=f"Models on {record['rows']:,} test rows, which nothing was fitted on",
         title_justify="left",
         box=None,
         pad_edge=False,
@@ -115,8 +123,11 @@ def _oracle(record: dict[str, Any]) -> list[Text]:
     ]
 
 
-def _value(campaign: Campaign, home: Home) -> list[Text]:
+def _value(campaign: Campaign, home: Home, record: dict[str, Any]) -> list[Text]:
     found = newest_scores(campaign, home)
+    if found is None and record["decision"]["promoted"]:
+        file = campaign.name if campaign.file.parent == SHIPPED.resolve() else _short(campaign.file)
+        return [Text(f"Nobody has been scored yet: propensity score {file} --rows FILE_OR_TABLE scores new rows.")]
     if found is None:
         return [
             Text(
@@ -169,7 +180,8 @@ def _where(campaign: Campaign, home: Home) -> Table:
         ("scores", _short(found[1]) if found else "none"),
         ("plots", f"{_short(reports)}/*.png"),
         ("every number", _short(reports / "evaluation.json")),
-        ("features explained", _short(reports / "features.md")),
+        *([("features explained", _short(reports / "features.md"))] if (reports / "features.md").exists() else []),
+        ("what the doctor found", _short(reports / "diagnosis.json")),
         ("champion", f"propensity champion show {campaign.name if shipped else _short(campaign.file)}"),
     ]
     for what, where in rows:

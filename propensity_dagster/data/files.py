@@ -1,0 +1,98 @@
+"""Reading files of a source: parquet, and CSV of any dialect. Belongs here: nothing about campaigns."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ibis
+import pyarrow.parquet as pq
+
+from propensity_dagster.campaign_sections import Csv
+from propensity_dagster.data.engine import Engine
+from propensity_dagster.errors import DataContractError
+
+_SAMPLE_BYTES = 1 << 20
+
+
+def read_files(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
+    """Parquet or CSV files of one table; the columns of CSV files are text.
+
+    Raises:
+        DataContractError: when two of its columns differ only in case.
+    """
+    engine.note_files(files)
+    require_distinct_names(str(files[0]), _header(files[0], options))
+    if files[0].suffix == ".csv":
+        return read_csv(files, options, engine)
+    return engine.backend.read_parquet([str(f) for f in files], hive_partitioning=False)
+
+
+def files_in(path: Path) -> list[Path]:
+    """The data files of a folder, or the file itself."""
+    if path.is_file():
+        return [path]
+    return [f for f in sorted(path.rglob("*")) if f.suffix in (".parquet", ".csv") and not f.name.startswith(".")]
+
+
+def table_of(folder: Path, file: Path) -> str:
+    """The table a file of the source folder belongs to: its own name, or its first folder's."""
+    relative = file.relative_to(folder) if file.is_relative_to(folder) else file
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def read_csv(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
+    """Every column as text. DuckDB would read the key 00123 as 123, and lose the zone of a time without a word."""
+    stated: dict[str, Any] = {"encoding": options.encoding or _encoding(files[0]), "hive_partitioning": False}
+    if options.separator:
+        stated["delim"] = options.separator
+    if options.quote:
+        stated["quote"] = options.quote
+    return engine.backend.read_csv([str(file) for file in files], all_varchar=True, **stated)
+
+
+def _encoding(file: Path) -> str:
+    """UTF-8 unless the beginning of the file cannot be; then Latin-1, in which every byte is a letter."""
+    with file.open("rb") as handle:
+        sample = handle.read(_SAMPLE_BYTES)
+    if sample[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    try:
+        sample.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return "utf-8" if error.start > len(sample) - 4 else "latin-1"  # the sample may end within a letter
+    return "utf-8"
+
+
+def _header(file: Path, options: Csv) -> list[str]:
+    """Column names as they are written, before the engine makes equal ones different."""
+    if file.suffix == ".parquet":
+        return pq.read_schema(file).names
+    encoding = options.encoding or _encoding(file)
+    with file.open(encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), newline="") as handle:
+        line = handle.readline()
+    separator = options.separator or max(",;\t|", key=line.count)
+    names = next(csv.reader([line], delimiter=separator, quotechar=options.quote or '"'), [])
+    if len(names) == 1 and options.separator:
+        others = [repr(other) for other in ",;\t|" if other in line and other != options.separator]
+        if others:
+            raise DataContractError(
+                f"{file}: one column only: csv.separator is {options.separator!r}, but the first line holds "
+                f"{', '.join(others)}"
+            )
+    return names
+
+
+def require_distinct_names(what: str, names: Sequence[str]) -> None:
+    """Raise when two names are one to the engine, which does not look at case.
+
+    Raises:
+        DataContractError: naming both.
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other is not name:
+            raise DataContractError(
+                f"{what}: the columns {other!r} and {name!r} have one name, but for case; rename one of them"
+            )
