@@ -226,11 +226,13 @@ def load_campaign(path: Path) -> Campaign:
 
 
 def load_campaigns(folder: Path) -> list[Campaign]:
-    """Read every `*.yaml` of a folder, by file name.
+    """Read every `*.yaml` of a folder, by file name; or one file.
 
     Raises:
         ConfigError: for a folder without campaigns, a file that does not parse, or a name used twice.
     """
+    if folder.is_file():  # one campaign alone: a broken file beside it is not its business
+        return [load_campaign(folder)]
     files = sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
     if not files:
         raise ConfigError(f"{folder}: no campaign file (*.yaml) in this folder")

@@ -52,7 +52,7 @@ def _accept_attributes(value: object) -> object:
 
 def _check_connection(value: str) -> str:
     """A password may come from the environment only: the file is kept, shown and logged."""
-    if re.search(r"://[^:/@]*:(?!\$\{)[^/]*@", value):
+    if re.search(r"://[^:/@]*:(?!\$\{)[^/]*@|[?&]password=", value):
         raise ValueError(
             "got a password in clear; it must come from the environment: scheme://user:${NAME}@host/database"
         )

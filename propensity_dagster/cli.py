@@ -68,14 +68,21 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Look at a campaign's data before any compute: coded findings with their remedy. Exit status 1 on errors."""
-    from propensity_dagster.doctor import diagnose
+    from propensity_dagster.doctor import Diagnosis, diagnose
     from propensity_dagster.reports.diagnosis import print_diagnosis
     from propensity_dagster.runtime import Runtime
 
-    chosen = _find(campaign)
     runtime = Runtime.from_environment()
-    with runtime.engine() as engine:
-        diagnosis = diagnose(chosen, runtime.home, engine, ingested=False)
+    try:
+        chosen = _find(campaign)
+    except ConfigError as error:
+        if not as_json:
+            raise
+        diagnosis = Diagnosis(campaign)
+        diagnosis.add("P001", "campaign file", str(error))
+    else:
+        with runtime.engine() as engine:
+            diagnosis = diagnose(chosen, runtime.home, engine, ingested=False)
     if as_json:
         print(diagnosis.to_json())
     else:
@@ -206,7 +213,7 @@ def _environment(campaign: Campaign | None) -> dict[str, str]:
     if not settings.exists():
         settings.write_text(files("propensity_dagster").joinpath("dagster.yaml").read_text(encoding="utf-8"))
     quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_DO_NOT_TRACK": "true"}
-    chosen = {_CAMPAIGNS: str(campaign.file.parent)} if campaign and campaign.file.parent != SHIPPED.resolve() else {}
+    chosen = {_CAMPAIGNS: str(campaign.file)} if campaign and campaign.file.parent != SHIPPED.resolve() else {}
     return {
         **os.environ,
         "PROPENSITY_HOME": str(home.root),

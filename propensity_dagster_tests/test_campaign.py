@@ -18,6 +18,14 @@ def test_shipped_campaigns_and_examples_parse(file):
     assert load_campaign(file).name == file.stem
 
 
+def test_a_file_alone_does_not_mind_a_broken_neighbour(tmp_path):
+    (tmp_path / "good.yaml").write_text(ECOMMERCE)
+    (tmp_path / "broken.yaml").write_text("name: [")
+    assert [c.name for c in load_campaigns(tmp_path / "good.yaml")] == ["ecommerce_purchase"]
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_campaigns(tmp_path)
+
+
 def test_short_form_of_the_design(tmp_path):
     text = ECOMMERCE
     start, end = text.index("    attributes:"), text.index("  streams:")

@@ -423,6 +423,32 @@ def test_two_campaigns_do_not_share_a_table(tmp_path, request, kind):
     assert read() == [("1", "2024-02-01", 0.1)]
 
 
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_table_of_something_else_is_left_alone(tmp_path, request, kind):
+    connection, _ = target_on(kind, tmp_path, request)
+    campaign = campaign_on(tmp_path, str(tmp_path), target={"connection": connection})
+    if kind == "postgres":
+        with as_admin(request.getfixturevalue("server")) as admin:
+            admin.execute("CREATE TABLE scores (a INTEGER)")
+    else:
+        opened = (
+            sqlite3.connect(tmp_path / "target.sqlite")
+            if kind == "sqlite"
+            else duckdb.connect(str(tmp_path / "target.duckdb"))
+        )
+        opened.execute("CREATE TABLE scores (a INTEGER)")
+        opened.close()
+    day = date(2024, 2, 1)
+    with pytest.raises(ConfigError, match="is a table of something else"):
+        deliver_scores(campaign, day, scores_file(tmp_path, day, {"1": 0.1}))
+
+
+def test_a_password_in_the_query_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="got a password in clear") as caught:
+        campaign_on(tmp_path, "postgres://bob@127.0.0.1/crm?password=hunter2")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_unknown_tables_and_kinds(tmp_path):
     (tmp_path / "x").mkdir()
     for connection, message in (

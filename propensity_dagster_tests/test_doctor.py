@@ -74,6 +74,11 @@ TROUBLES = {
     "40 converters": ({"bought": lambda r, y: np.arange(len(y)) < 40}, {}, {"P101"}),
     "40 others": ({"bought": lambda r, y: np.arange(len(y)) >= 40}, {}, {"P102", "P104"}),
     "700 converters": ({"bought": lambda r, y: np.arange(len(y)) % 5 == 0}, {}, {"P108"}),
+    "outcomes all equal, and not as stated": (
+        {"bought": lambda r, y: ["lost"] * len(y)},
+        {"outcome": {"column": "bought", "positive": "won"}},
+        {"P105"},
+    ),
     "outcomes all equal": ({"bought": lambda r, y: [False] * len(y)}, {}, {"P105"}),
     "an outcome of three values": (
         {"bought": lambda r, y: repeated(["yes", "no", "maybe"], y)},
@@ -111,6 +116,18 @@ TROUBLES = {
         {"source": {"key": "customer", "order": "file"}},
         {"P107", "P108"},
     ),
+    "numbers among other texts": (
+        {"c": lambda r, y: ["n/a" if i % 3 == 0 else f"{v:.3f}" for i, v in enumerate(r.normal(size=len(y)))]},
+        {},
+        {"P209", "P215"},
+    ),
+    "decimal commas": (
+        {"c": lambda r, y: [f"{v:.3f}".replace(".", ",") for v in r.normal(size=len(y))]},
+        {},
+        {"P209", "P215"},
+    ),
+    "a segment that is a number": ({}, {"segments": ["amount"]}, {"P001"}),
+    "a parameter that is not there": ({}, {"models": ["baseline", {"lightgbm": {"n_trees": 5}}]}, {"P001"}),
     "no key": ({}, {"source": {}, "exclude": {"customer": "not here"}}, {"P206", "P213"}),
     "a column that is not there": ({}, {"source": {"key": "kunde"}}, {"P003"}),
     "a file that is not there": ({}, {"source": {"path": "gone.parquet"}}, {"P001"}),
@@ -281,6 +298,16 @@ def test_the_command_line_never_shows_a_stack_trace(tmp_path, name, text):
     found = json.loads(as_json.stdout)["findings"]
     assert found
     assert all(f["code"] in CODES and f["message"] for f in found)
+
+
+def test_a_broken_campaign_file_is_json_too(tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text("name: broken\nsource: {kind: table, path: x.csv}\noutcome: {column: y}\nexlude: {}\n")
+    shown = command(str(file), "--json", home=tmp_path / "home")
+    assert shown.returncode == 1
+    (finding,) = json.loads(shown.stdout)["findings"]
+    assert finding["code"] == "P001"
+    assert "did you mean 'exclude'?" in finding["message"]
 
 
 def test_an_error_stops_the_training_job(tmp_path):

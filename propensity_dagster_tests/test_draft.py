@@ -123,6 +123,35 @@ def test_what_cannot_be_drafted(tmp_path, monkeypatch, data, outcome, message):
     assert not list(tmp_path.rglob("drafted.yaml"))
 
 
+def test_dates_of_another_form_and_repeating_customers(tmp_path):
+    table = made_up(4_000)
+    days = [t.strftime("%d.%m.%Y") for t in table["decided"].to_pylist()]
+    won = pa.array(["Won" if v else "Lost" for v in table["bought"].to_pylist()])
+    table = (
+        table.drop_columns(["decided", "bought"]).append_column("Offer.Date", pa.array(days)).append_column("End", won)
+    )
+    table = table.rename_columns(["Kunden ID" if n == "customer" else n for n in table.column_names])
+    duckdb.from_arrow(table).write_csv(str(tmp_path / "offers.csv"), sep=";")
+    campaign, diagnosis, _ = drafted(tmp_path, tmp_path / "offers.csv")
+    assert isinstance(campaign, TableCampaign)
+    assert (campaign.source.order, campaign.source.time_format) == ("Offer.Date", "%d.%m.%Y")
+    assert campaign.source.key == "Kunden ID"
+    assert (campaign.outcome.column, campaign.outcome.positive) == ("End", "Won")
+    assert not diagnosis.errors
+
+
+def test_a_database_file_by_its_name(tmp_path):
+    fill_sqlite(tmp_path)
+    (tmp_path / "shop.sqlite").rename(tmp_path / "shop.db")
+    campaign, *_ = drafted(tmp_path, tmp_path / "shop.db")
+    assert campaign.source.connection.startswith("sqlite://")
+
+
+def test_a_name_that_is_none(tmp_path):
+    with open_engine() as engine, pytest.raises(ConfigError, match="lower-case letters, digits and underscores"):
+        draft_campaign("My Offers", str(tmp_path), None, tmp_path, Home(tmp_path / "home"), engine)
+
+
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "drafted.yaml").write_text("precious")

@@ -198,12 +198,16 @@ def test_a_mistake_is_told(tmp_path, changes, kind, message):
 
 
 BROKEN = {
+    "another encoding than stated": (
+        "añb,bought\n1,yes\n2,no\n".encode("latin-1"),
+        "is not utf-8: csv.encoding may be",
+    ),
     "names that differ in case": ("Age,age,bought\n1,2,yes\n2,3,no\n", "have one name, but for case"),
     "one name twice": ("age,age,bought\n1,2,yes\n2,3,no\n", "have one name, but for case"),
     "a name of ours": ("split,bought\n1,yes\n2,no\n", "a column must not be called 'split'"),
     "no rows": ("age,bought\n", "has no rows"),
     "no feature": ("bought\nyes\nno\n", "no column is left"),
-    "empty": ("", ""),
+    "empty": ("", "the file is empty"),
     "a picture": (bytes(range(256)) * 40, ""),
     "a ragged file": ("a,b,bought\n1,2,yes\n1\n1,2,3,4,5,no\n", ""),
 }
@@ -212,8 +216,9 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_files_end_in_one_of_our_errors(tmp_path, kind):
     text, message = BROKEN[kind]
+    stated = {"csv": {"encoding": "utf-8"}} if kind == "another encoding than stated" else {}
     with pytest.raises(PropensityError) as caught:
-        validated(table_campaign(tmp_path, text), Home(tmp_path / "home"))
+        validated(table_campaign(tmp_path, text, source=stated), Home(tmp_path / "home"))
     assert message in str(caught.value)
 
 

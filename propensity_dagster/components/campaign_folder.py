@@ -34,9 +34,10 @@ class CampaignFolder(dg.Component, dg.Model, dg.Resolvable):
 
 
 def campaigns_folder(default: Path) -> Path:
-    """The folder of campaign files: PROPENSITY_CAMPAIGNS, else `default`."""
+    """The folder of campaign files, or one file: PROPENSITY_CAMPAIGNS, else `default`."""
     stated = os.environ.get(CAMPAIGNS_VARIABLE)
-    return require_folder(Path(stated) if stated else default.resolve(), CAMPAIGNS_VARIABLE)
+    path = Path(stated) if stated else default.resolve()
+    return path if path.is_file() else require_folder(path, CAMPAIGNS_VARIABLE)
 
 
 def campaign_definitions(campaign: Campaign) -> dg.Definitions:

@@ -25,6 +25,7 @@ DUCKDB, SQLITE, POSTGRES = "duckdb://", "sqlite://", "postgres://"
 DATABASES = (DUCKDB, SQLITE, POSTGRES)
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+_IN_THE_URL = ("host", "port", "user", "password", "database", "dbname", "options", "connect_timeout")
 _PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]*@")
 
 
@@ -141,7 +142,7 @@ def connect_postgres(connection: str, *, read_only: bool) -> Any:
         database=url.path.lstrip("/") or None,
         connect_timeout=10,
         options=" ".join(f"-c {k}={v}" for k, v in settings.items()),
-        **dict(parse_qsl(url.query)),
+        **{name: value for name, value in parse_qsl(url.query) if name not in _IN_THE_URL},
     )
 
 
@@ -161,7 +162,7 @@ def reading(what: str) -> Generator[None]:
         reason = redacted(" ".join(str(error).split()))[:400]
         if isinstance(error, OSError | duckdb.IOException | duckdb.ConnectionException) or is_database_error(error):
             raise SourceError(f"{what}: cannot be read: {reason}") from None
-        if isinstance(error, duckdb.Error):
+        if isinstance(error, duckdb.Error | UnicodeError):
             raise DataContractError(f"{what}: {reason}") from None
         raise
 

@@ -143,6 +143,10 @@ def publish_new_rows(
     file = lake.partition("features", "snapshot", snapshot)
     engine.publish(good, file)
     absent = tuple(name for name in types if name not in present)
+    if bad:
+        logger.warning("new rows: %s of %s left out: %s; they are in %s", f"{bad:,}", f"{total:,}", reasons, quarantine)
+    if not campaign.source.key:
+        logger.info("new rows: there is no key column: row_number counts the rows of the file from 1")
     if absent:
         logger.warning("new rows: %d columns are not there and count as missing: %s", len(absent), ", ".join(absent))
     return NewRowsReport(total, pq.read_metadata(file).num_rows, bad, reasons, absent, tuple(places))

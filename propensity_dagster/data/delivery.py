@@ -156,7 +156,12 @@ def _rows(scores: Path) -> Iterator[Sequence[tuple[Any, ...]]]:
 
 def _require_own(campaign: Campaign, first_row: Any, where: str) -> None:
     """Two campaigns in one table would overwrite each other's customers."""
-    found = first_row(f"SELECT campaign FROM {_table(campaign)} WHERE campaign <> '{campaign.name}' LIMIT 1")
+    try:
+        found = first_row(f"SELECT campaign FROM {_table(campaign)} WHERE campaign <> '{campaign.name}' LIMIT 1")
+    except Exception as error:
+        if is_database_error(error) or isinstance(error, duckdb.Error):
+            raise ConfigError(f"{where}: is a table of something else; scores need one of their own") from None
+        raise
     if found is not None:
         raise ConfigError(f"{where}: holds the scores of campaign {found[0]!r}; give each campaign a table of its own")
 

@@ -22,6 +22,9 @@ def read_files(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
         DataContractError: when two of its columns differ only in case.
     """
     engine.note_files(files)
+    empty = [file for file in files if file.stat().st_size == 0]
+    if empty:
+        raise DataContractError(f"{empty[0]}: the file is empty")
     require_distinct_names(str(files[0]), _header(files[0], options))
     if files[0].suffix == ".csv":
         return read_csv(files, options, engine)
@@ -69,8 +72,11 @@ def _header(file: Path, options: Csv) -> list[str]:
     if file.suffix == ".parquet":
         return pq.read_schema(file).names
     encoding = options.encoding or _encoding(file)
-    with file.open(encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), newline="") as handle:
-        line = handle.readline()
+    try:
+        with file.open(encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), newline="") as handle:
+            line = handle.readline()
+    except UnicodeError:
+        raise DataContractError(f"{file}: is not {encoding}: csv.encoding may be utf-8, latin-1 or utf-16") from None
     separator = options.separator or max(",;\t|", key=line.count)
     names = next(csv.reader([line], delimiter=separator, quotechar=options.quote or '"'), [])
     if len(names) == 1 and options.separator:

@@ -54,6 +54,11 @@ def campaign_calendar(campaign: Campaign) -> Calendar:
     return Calendar(source.first_day, getattr(source, "last_day", None))
 
 
+def _named(campaign: Campaign) -> str:
+    """The key of the file that says where the data are."""
+    return "source.connection" if campaign.source.connection else "source.path"
+
+
 def source_folder(campaign: Campaign, home: Home) -> Path | None:
     """The folder of files a campaign reads, or None for a database. Makes a synthetic world on first use.
 
@@ -67,7 +72,7 @@ def source_folder(campaign: Campaign, home: Home) -> Path | None:
         home.synthetic.mkdir(parents=True, exist_ok=True)
         world.ensure()
         return world.tables
-    return None if is_database(connection) else resolve_path(campaign, "source.connection", connection)
+    return None if is_database(connection) else resolve_path(campaign, _named(campaign), connection)
 
 
 def open_table(campaign: Campaign, table: str, home: Home, engine: Engine) -> ibis.Table:

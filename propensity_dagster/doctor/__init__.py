@@ -16,6 +16,7 @@ from propensity_dagster.errors import (
     PropensityError,
     SourceError,
 )
+from propensity_dagster.models.training import ENSEMBLE, make_estimator
 
 _CODES: dict[type[PropensityError], str] = {
     ConfigError: "P001",
@@ -35,6 +36,9 @@ def diagnose(campaign: Campaign, home: Home, engine: Engine, *, ingested: bool) 
         ingested: look at the lake, as the training job does, and not at the source.
     """
     try:
+        for candidate in campaign.models:
+            if candidate.name != ENSEMBLE:
+                make_estimator(campaign, candidate)  # does the file state parameters that there are?
         if isinstance(campaign, EventCampaign):
             return diagnose_events(campaign, home, engine, ingested=ingested)
         assert isinstance(campaign, TableCampaign)

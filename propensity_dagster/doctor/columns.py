@@ -4,6 +4,8 @@
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.doctor.findings import ColumnProfile, Diagnosis
 from propensity_dagster.models.dataset import MAX_CATEGORIES
@@ -22,6 +25,8 @@ _MOSTLY = 0.95
 _SAME_CODING_VALUES = 50
 _CODE_VALUES = (3, 60)
 _FOLDS = 5
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+\s*")
 
 
 def profile_columns(table: ibis.Table, kinds: Mapping[str, str], engine: Engine) -> list[ColumnProfile]:
@@ -81,6 +86,33 @@ def judge_columns(
             diagnosis.add("P209", place, message, "Group them with derive, or exclude it")
 
 
+def judge_texts(diagnosis: Diagnosis, where: str, table: pa.Table, kinds: Mapping[str, str]) -> None:
+    """Findings on columns that are mostly numbers, but not enough of them to be taken for numbers."""
+    for name, kind in kinds.items():
+        if kind != "category" or not pa.types.is_string(table[name].type):
+            continue
+        counts = Counter(value for value in table[name].to_pylist() if value is not None)
+        total = sum(counts.values())
+        others = Counter({value: n for value, n in counts.items() if not _NUMBER.fullmatch(value)})
+        commas = sum(n for value, n in counts.items() if _DECIMAL_COMMA.fullmatch(value))
+        if total and 2 * commas >= total:
+            fix = f"Derive a number: {name}_number: CAST(replace(\"{name}\", ',', '.') AS DOUBLE), and exclude the text"
+            diagnosis.add("P215", f"{where}.{name}", "they have decimal commas", fix)
+        elif total and others and len(counts) > 20 and 2 * sum(others.values()) < total:
+            (text, rows) = others.most_common(1)[0]
+            fix = f"If that stands for a missing value, say missing: {{{name}: {text!r}}}"
+            diagnosis.add("P215", f"{where}.{name}", f"{rows:,} of {total:,} are {text!r}", fix)
+
+
+def judge_segments(diagnosis: Diagnosis, campaign: Campaign, kinds: Mapping[str, str]) -> None:
+    """Findings on segments that are numbers: a model cannot be judged within each of their values."""
+    for name in campaign.segments:
+        if kinds.get(name) == "number":
+            diagnosis.add(
+                "P001", f"segments.{name}", "it is a number, which has no groups", "Call it a category, or leave it out"
+            )
+
+
 def judge_leaks(
     diagnosis: Diagnosis, where: str, table: pa.Table, kinds: Mapping[str, str], y: NDArray[np.float64]
 ) -> None:
@@ -115,7 +147,8 @@ def is_code(column: ColumnProfile, table: pa.Table) -> bool:
     name = column.name.lower()
     whole = bool(np.all(values == np.round(values)))
     named = any(name.endswith(end) for end in ("id", "code", "type", "region", "class", "browser", "system", "systems"))
-    return whole and named and len(values) >= 0.6 * (values[-1] - values[0] + 1)
+    dense = len(values) >= 0.6 * (values[-1] - values[0] + 1)
+    return whole and named and (dense or name.endswith(("code", "id")))
 
 
 def _codes(column: pa.ChunkedArray) -> NDArray[np.int64]:

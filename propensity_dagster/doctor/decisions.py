@@ -5,6 +5,7 @@
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import ibis
@@ -25,7 +26,14 @@ from propensity_dagster.data.decisions import (
 )
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
-from propensity_dagster.doctor.columns import is_code, judge_columns, judge_leaks, profile_columns
+from propensity_dagster.doctor.columns import (
+    is_code,
+    judge_columns,
+    judge_leaks,
+    judge_segments,
+    judge_texts,
+    profile_columns,
+)
 from propensity_dagster.doctor.findings import Diagnosis, OutcomeRate, TableProfile, judge_counts, rate_change
 from propensity_dagster.errors import DataContractError
 from propensity_dagster.features.past_decisions import count_decision_splits
@@ -42,8 +50,12 @@ def diagnose_decisions(campaign: TableCampaign, home: Home, engine: Engine, *, i
         ingest_decisions(campaign, seen, engine)
     lake = seen.lake(campaign.name)
     raw = engine.read(lake.existing(f"raw_{DECISIONS}"))
+    values = outcome_values(campaign, raw, engine)
+    if len(values) == 1:
+        diagnosis.add("P105", f"outcome.{campaign.outcome.column}", f"every value is {next(iter(values))!r}")
+        return diagnosis
     try:
-        resolve_outcome(campaign, outcome_values(campaign, raw, engine))
+        resolve_outcome(campaign, values)
     except DataContractError as error:
         diagnosis.add("P106", f"outcome.{campaign.outcome.column}", str(error))
         return diagnosis
@@ -56,7 +68,10 @@ def diagnose_decisions(campaign: TableCampaign, home: Home, engine: Engine, *, i
     total = pq.read_metadata(lake.file(f"raw_{DECISIONS}")).num_rows
     good = pq.read_metadata(lake.file(f"validated_{DECISIONS}")).num_rows
     if good < total:
-        diagnosis.add("P203", DECISIONS, f"{total - good:,} of {total:,} rows break the contract")
+        quarantine = pq.read_table(lake.file(f"quarantine_{DECISIONS}"), columns=["reason"])["reason"]
+        reasons = Counter(quarantine.to_pylist()).most_common(3)
+        words = "; ".join(f"{reason} ({rows:,})" for reason, rows in reasons)
+        diagnosis.add("P203", DECISIONS, f"{total - good:,} of {total:,} rows break the contract: {words}")
     columns = profile_columns(table, kinds, engine)
     times = table[DECIDED_AT] if DECIDED_AT in table.columns else table[POSITION]
     ends = engine.arrow(
@@ -78,6 +93,8 @@ def diagnose_decisions(campaign: TableCampaign, home: Home, engine: Engine, *, i
             "P214", DECISIONS, ", ".join(codes), "If they are codes, say so: source.attributes: {name: category}"
         )
     judge_leaks(diagnosis, DECISIONS, sample, kinds, y)
+    judge_texts(diagnosis, DECISIONS, sample, {n: k for n, k in kinds.items() if n not in campaign.attributes})
+    judge_segments(diagnosis, campaign, types)
     _judge_repeats(diagnosis, campaign, raw, total, engine)
     _judge_outcome(diagnosis, campaign, seen, engine)
     diagnosis.features = [(name, f"column {name}, a {kind}") for name, kind in kinds.items()]
@@ -88,7 +105,9 @@ def _validated(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine
     try:
         validate_decisions(campaign, home, engine)
     except DataContractError as error:
-        diagnosis.add("P204", DECISIONS, str(error).partition(f"{DECISIONS}: ")[2] or str(error))
+        words = str(error).partition(f"{DECISIONS}: ")[2] or str(error)  # without the scratch folder, which goes
+        fix = "Mend the source, leave such rows out with source.where, or raise max_bad_fraction"
+        diagnosis.add("P204", DECISIONS, words.partition(". The rows are in")[0], fix)
         return False
     return True
 
@@ -96,7 +115,10 @@ def _validated(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine
 def _judge_outcome(diagnosis: Diagnosis, campaign: TableCampaign, home: Home, engine: Engine) -> None:
     for side in count_decision_splits(campaign, home, engine):
         diagnosis.outcome.append(OutcomeRate(side["snapshot"], side["split"], side["rows"], side["converted"]))
-    train = next(o for o in diagnosis.outcome if o.split == "train")
+    if campaign.split.folds:  # every row is a test row once
+        rows, converted = sum(o.rows for o in diagnosis.outcome), sum(o.converted for o in diagnosis.outcome)
+        diagnosis.outcome = [OutcomeRate(f"every row once, in {campaign.split.folds} folds", "test", rows, converted)]
+    train = next((o for o in diagnosis.outcome if o.split == "train"), diagnosis.outcome[0])
     chosen = diagnosis.outcome if campaign.split.folds else [train]  # in folds every row trains, and tests once
     rows, converted = sum(o.rows for o in chosen), sum(o.converted for o in chosen)
     where = f"outcome.{campaign.outcome.column}"

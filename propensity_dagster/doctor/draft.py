@@ -31,14 +31,24 @@ from propensity_dagster.evaluation.splits import plan_splits
 
 _ROWS_LOOKED_AT = 200_000
 _NEARLY_ALL, _RARE = 0.95, 0.005
+_TIME_FORMS = {
+    "%Y%m%d": r"^(19|20)\d{6}$",
+    "%d.%m.%Y": r"^\d{1,2}\.\d{1,2}\.\d{4}$",
+    "%d/%m/%Y": r"^\d{1,2}/\d{1,2}/\d{4}$",
+    "%m/%d/%Y": r"^\d{1,2}/\d{1,2}/\d{4}$",
+}
+"""How times are written where they are not ISO, the day before the month unless that cannot be."""
 _ENTITY_WORDS = ("customer", "client", "user", "account", "contact", "member", "visitor", "cust")
 _OUTCOME_WORDS = (
     "y", "target", "label", "outcome", "converted", "conversion", "response", "responded", "bought", "purchase",
-    "purchased", "revenue", "churn", "churned", "subscribed", "visit", "uptake", "default",
+    "purchased", "revenue", "churn", "churned", "subscribed", "visit", "uptake", "default", "result", "won", "success",
+    "sold", "accepted",
 )  # fmt: skip
+_OUTCOME_VALUES = ({"won", "lost"}, {"accepted", "rejected"}, {"success", "failure"}, {"sold", "not sold"})
 _ORDER_WORDS = ("order", "purchase", "transaction", "sale", "payment", "invoice", "booking", "response", "upgrade")
 _AMOUNT_WORDS = ("amount", "price", "total", "revenue", "spend", "value", "sum")
 _TYPE_WORDS = ("event", "type", "kind", "action", "status")
+_DATABASE_FILES = {".db": "sqlite://", ".sqlite": "sqlite://", ".sqlite3": "sqlite://", ".duckdb": "duckdb://"}
 _EXCLUDED = {
     "P301": "it predicts the outcome all alone: was it known before the decision?",
     "P302": "it is the outcome in other words",
@@ -70,7 +80,7 @@ class _Column:
     @property
     def is_identifier(self) -> bool:
         """Whether its name ends like one of an identifier."""
-        return bool(re.search(r"(^|_|[a-z])(id|ID|Id|key|no|number|No|nr)$", self.name))
+        return bool(re.search(r"(^|[_\s.-]|[a-z])(id|ID|Id|key|Key|number|Number|[nN]o|[nN]r)$", self.name))
 
     @property
     def is_entity(self) -> bool:
@@ -116,6 +126,8 @@ def draft_campaign(
     Raises:
         ConfigError: when the file exists, or the data cannot be made sense of.
     """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ConfigError(f"NAME must be lower-case letters, digits and underscores, got {name!r}")
     file = folder / f"{name}.yaml"
     if file.exists():
         raise ConfigError(f"{file}: exists already; choose another name")
@@ -125,6 +137,8 @@ def draft_campaign(
             f"--from: {data!r} is not there; wanted is a file, a folder of parquet or CSV files, or a database"
         )
     place = data if "://" in data else str(path.resolve())
+    if "://" not in data and path.suffix in _DATABASE_FILES:
+        place = _DATABASE_FILES[path.suffix] + place
     tables = _look(name, place, file, home, engine)
     if len(tables) == 1 and _is_decisions(tables[0], outcome):
         content, notes = _decisions(name, place, tables[0], outcome)
@@ -180,8 +194,10 @@ def _profile(name: str, table: ibis.Table, engine: Engine) -> _Table:
             parts[f"{plain[i]}_times"] = coerce.utc_time(value, None, column).count()
             parts[f"{plain[i]}_numbers"] = coerce.number(text).count()
         if value.type().is_string() or value.type().is_integer():
-            compact = ibis.ifelse(text.re_search(r"^(19|20)\d{6}$"), coerce.try_strptime(text, "%Y%m%d"), ibis.null())
-            parts[f"{plain[i]}_compact"] = compact.count()
+            for k, (pattern, form) in enumerate(_TIME_FORMS.items()):
+                parts[f"{plain[i]}_form{k}"] = ibis.ifelse(
+                    text.re_search(form), coerce.try_strptime(text, pattern), ibis.null()
+                ).count()
     found = engine.arrow(rows.aggregate(**parts)).to_pylist()[0]
     columns: list[_Column] = []
     for i, column in enumerate(rows.columns):
@@ -191,20 +207,16 @@ def _profile(name: str, table: ibis.Table, engine: Engine) -> _Table:
         def nearly(what: str, i: int = i, filled: int = filled) -> bool:
             return filled > 0 and found.get(f"{plain[i]}_{what}", 0) >= _NEARLY_ALL * filled
 
-        is_compact = nearly("compact")
+        pattern = next((p for k, p in enumerate(_TIME_FORMS) if nearly(f"form{k}")), None)
         is_number = dtype.is_numeric() or nearly("numbers")
-        is_time = dtype.is_timestamp() or dtype.is_date() or is_compact or (nearly("times") and not is_number)
+        is_time = dtype.is_timestamp() or dtype.is_date() or pattern is not None or (nearly("times") and not is_number)
         distinct = found[f"{plain[i]}_distinct"]
         values: tuple[str, ...] = ()
         if 0 < distinct <= 8:
             listed = rows.select(v=rows[column].cast("string").strip()).filter(ibis._.v != "")
             counted = listed.group_by("v").aggregate(n=listed.count()).order_by([ibis.desc("n"), "v"])
             values = tuple(row["v"] for row in engine.arrow(counted).to_pylist() if row["n"] >= _RARE * filled)
-        columns.append(
-            _Column(
-                column, is_number and not is_time, is_time, "%Y%m%d" if is_compact else None, distinct, filled, values
-            )
-        )
+        columns.append(_Column(column, is_number and not is_time, is_time, pattern, distinct, filled, values))
     return _Table(name, found["rows"], columns)
 
 
@@ -220,6 +232,7 @@ def _is_decisions(table: _Table, outcome: str | None) -> bool:
 def _outcome_column(table: _Table) -> _Column | None:
     pairs = [c for c in table.columns if c.distinct == 2 and not c.is_time]
     named = [c for c in pairs if c.named(_OUTCOME_WORDS)]
+    named = named or [c for c in pairs if {v.lower() for v in c.values} in _OUTCOME_VALUES]
     return named[-1] if named else None
 
 
@@ -239,10 +252,12 @@ def _decisions(name: str, place: str, table: _Table, outcome: str | None) -> tup
     )
     notes = {"source.path": "one row per past decision", "source.table": "one row per past decision"}
     key = table.first(lambda c: c.is_entity and 50 * c.distinct >= table.rows and c.name != chosen.name)
-    key = key or table.first(lambda c: c.is_identifier and c.distinct == table.rows and c.name != chosen.name)
+    key = key or table.first(
+        lambda c: c.is_identifier and not c.is_time and 20 * c.distinct >= table.rows and c.name != chosen.name
+    )
     if key is not None:
         source["key"] = key.name
-        notes["source.key"] = "rows of one of them stay on one side of every split"
+        notes["source.key"] = "the customer, account or session that a row is about"
     if table.time is not None:
         source["order"] = table.time.name
         notes["source.order"] = "the newest rows are the test"
@@ -253,6 +268,8 @@ def _decisions(name: str, place: str, table: _Table, outcome: str | None) -> tup
     positive = _positive_of(chosen)
     if positive is not None:
         content["outcome"]["positive"] = positive
+        if len(chosen.values) > 2:
+            content["outcome"]["negative"] = [v for v in chosen.values if v != positive]
         notes["outcome.positive"] = f"the values are {', '.join(chosen.values)}"
     return content, notes
 
@@ -375,6 +392,9 @@ def _mend(
                 names = [n for n in finding.message.split(", ") if n not in content.get("exclude", {})]
                 content["source"].setdefault("attributes", {}).update(dict.fromkeys(names, "category"))
                 notes["source.attributes"] = "numbers that look like codes"
+            if finding.code == "P215":
+                missing = finding.message.rpartition(" are ")[2].strip("'")
+                content.setdefault("missing", {})[column] = missing
             if finding.code == "P107":
                 content["prior"] = {"adapt": True}
                 notes["prior.adapt"] = "the outcome rate changes between training and test"
@@ -444,7 +464,9 @@ def _text(content: dict[str, Any], notes: dict[str, str]) -> str:
     """The YAML, with the notes as comments."""
     lines = [
         f"# {content['description']}",
-        "# Drafted from a look at the data: every guess is stated, so that it can be changed.",
+        "# Drafted from a look at the data: every guess is stated, so that it can be changed. It was taken for "
+        + ("event logs;" if content["source"]["kind"] == "events" else "one row per past decision;"),
+        "# if that is wrong, `propensity new` with --outcome COLUMN (or LOG) says what the question is about.",
         "# Then: propensity doctor THIS_FILE, and propensity demo THIS_FILE.",
     ]
     _write(content, "", 0, lines, notes)

@@ -12,6 +12,7 @@ import ibis
 import pyarrow as pa
 
 from propensity_dagster.campaign import EventCampaign
+from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
 from propensity_dagster.data.days import EPOCH, TimeRange, day_index
 from propensity_dagster.data.engine import Engine
@@ -19,7 +20,7 @@ from propensity_dagster.data.ingest import declared_entities, declared_stream
 from propensity_dagster.data.lake import UNPLACED, Home
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.data.validate import attribute_types, judge_entities, judge_stream
-from propensity_dagster.doctor.columns import judge_columns, judge_leaks, profile_columns
+from propensity_dagster.doctor.columns import judge_columns, judge_leaks, judge_segments, profile_columns
 from propensity_dagster.doctor.findings import Diagnosis, OutcomeRate, TableProfile, judge_counts, rate_change
 from propensity_dagster.errors import InsufficientDataError
 from propensity_dagster.evaluation.splits import EMBARGO, TEST, TRAIN, SnapshotSplit, plan_splits
@@ -64,6 +65,7 @@ def diagnose_events(campaign: EventCampaign, home: Home, engine: Engine, *, inge
         types,
     )
     _judge_outcome(diagnosis, campaign, data, engine)
+    judge_segments(diagnosis, campaign, types)
     features = define_features(campaign, {n: k for n, k in types.items() if n not in campaign.protected})
     diagnosis.features = [(feature.name, feature.meaning) for feature in features]
     return diagnosis
@@ -119,9 +121,13 @@ def _judge_stream(
             f"{found['late'] / found['n']:.1%} arrived more than {campaign.source.late_days} days after they happened"
         )
         diagnosis.add("P304", name, message, "State source.late_days: labels then wait for them")
-    kinds = {f"category_{c}": "category" for c in stream.categories}
-    kinds |= {f"measure_{m}": "number" for m in stream.measures}
-    columns = profile_columns(fine, kinds, engine)
+    kinds = {**dict.fromkeys(stream.categories, "category"), **dict.fromkeys(stream.measures, "number")}
+    shown: dict[str, Any] = {c: fine[f"category_{c}"] for c in stream.categories}
+    shown |= {m: fine[f"measure_{m}"] / float(THOUSANDTHS) for m in stream.measures}
+    if stream.amount:
+        kinds[stream.amount] = "number"
+        shown[stream.amount] = fine.amount / float(CENTS)
+    columns = profile_columns(fine.select(**shown), kinds, engine) if kinds else []
     first, last = (str(found[end] or "") for end in ("first", "last"))
     diagnosis.tables.append(TableProfile(name, rows, found["n"], first, last, found["entities"], columns))
     return fine

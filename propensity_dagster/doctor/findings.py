@@ -34,6 +34,7 @@ CODES: dict[str, tuple[str, str]] = {
     "P212": (WARNING, "a time as a feature"),
     "P213": (WARNING, "rows given twice"),
     "P214": (WARNING, "numbers that may be categories"),
+    "P215": (WARNING, "numbers among other texts"),
     "P301": (ERROR, "a column alone predicts the outcome"),
     "P302": (ERROR, "a column is the outcome under another coding"),
     "P303": (ERROR, "recorded after the outcome"),

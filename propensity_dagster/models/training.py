@@ -1,5 +1,6 @@
 """Training one candidate: estimator by name, calibrator by cross-validation. The registry of estimators."""
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -121,8 +122,14 @@ def make_estimator(campaign: Campaign, candidate: Candidate) -> Estimator:
         if candidate.name == BASELINE:
             return CellBaseline(rfm_columns(campaign), **params)
         return ESTIMATORS[candidate.name](**params)
-    except TypeError as error:
-        raise ConfigError(f"{campaign.file}: models.{candidate.name}: {error}") from None
+    except TypeError:
+        model = CellBaseline if candidate.name == BASELINE else ESTIMATORS[candidate.name]
+        allowed = [name for name in inspect.signature(model).parameters if name != "rfm"]
+        wrong = [name for name in params if name not in allowed]
+        raise ConfigError(
+            f"{campaign.file}: models.{candidate.name}: there is no parameter {', '.join(wrong)}; "
+            f"allowed are {', '.join(allowed)}"
+        ) from None
 
 
 def load_datasets(campaign: Campaign, training_set: Path, fold: int | None) -> tuple[Dataset, Dataset | None]:

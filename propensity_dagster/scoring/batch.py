@@ -89,6 +89,8 @@ def score_snapshot(
     lake = home.lake(campaign.name)
     features = lake.existing_partition("features", "snapshot", snapshot)
     target = lake.partition(SCORES, "snapshot", snapshot)
+    if target.exists():
+        logger.info("scores %s: replacing %s earlier ones", snapshot, f"{pq.read_metadata(target).num_rows:,}")
     with tempfile.TemporaryDirectory(prefix="propensity-scores-") as scratch:
         raw = Path(scratch) / "probabilities.parquet"
         first = _write_log_odds(campaign, features, model, raw)
@@ -116,7 +118,7 @@ def score_snapshot(
                     compression="zstd",
                 )
             writer.close()
-    logger.info("scores %s: %s customers, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
+    logger.info("scores %s: %s rows, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
     if first.unseen:
         logger.warning("scores %s: categories never seen in training: %s", snapshot, first.unseen)
     mean = total / max(rows, 1)
