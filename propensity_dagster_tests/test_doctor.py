@@ -207,7 +207,8 @@ def test_the_doctor_counts_like_the_pipeline(make_shop):
 
     shop = shop_of(
         make_shop,
-        eligibility={"active_within_days": 40, "min_tenure_days": 100},
+        eligibility={"active_within_days": 40, "min_tenure_days": 0},
+        customers=lambda c: [{**r, "signup_at": datetime(2024, 1, 1) + timedelta(days=i)} for i, r in enumerate(c)],
         outcome={"stream": "orders", "gap_days": 2, "horizon_days": 20},
     )
     days = (date(2024, 1, 1), date(2024, 12, 31))
