@@ -183,6 +183,7 @@ class TableSource(Frozen):
         key: column of the entity; without one the row number is the key.
         order: "file", or a column of times: the newest rows are the test rows. Without it a hash of the key decides.
         attributes: what to say of some columns; every other column is a feature too, its type as it is found.
+        where: which past decisions to learn from; rows to score are all scored.
         new_rows: path or table of rows to score; the score job may be pointed elsewhere.
         first_day: the oldest day that can be scored.
     """

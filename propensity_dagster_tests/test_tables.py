@@ -423,6 +423,17 @@ def test_training_rows_score_the_same_when_they_come_back_as_a_file(trained, tmp
     assert found == expected
 
 
+def test_the_filter_of_past_decisions_leaves_no_row_unscored(tmp_path):
+    """A trial's arm is known of the past; who is scored has none."""
+    text = "arm,age,bought\n" + "".join(f"{'ab'[i % 2]},{20 + i % 50},{'yes' if i % 3 else 'no'}\n" for i in range(60))
+    campaign = table_campaign(tmp_path, text, source={"where": "arm = 'a'"}, exclude={"arm": "the same for all"})
+    home = Home(tmp_path / "home")
+    assert validated(campaign, home).num_rows == 30
+    (tmp_path / "new.csv").write_text("age\n30\n40\n")
+    with open_engine() as engine:
+        assert publish_new_rows(campaign, date(2024, 5, 1), ["new.csv"], home, engine).good == 2
+
+
 def test_where_the_rows_to_score_come_from(tmp_path):
     campaign = table_campaign(tmp_path, schedule={"watch": "."})
     today = datetime.fromtimestamp(time.time(), UTC).date()

@@ -66,7 +66,8 @@ def ingest_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> int
     with reading(f"{campaign.file}: source"), engine.unchanged_files():
         source = open_decisions(campaign, home, engine)
         declared = [campaign.outcome.column, *_order_column(campaign), *_columns(campaign, source)]
-        rows = _publish_raw(campaign, source, declared, home.lake(campaign.name).file(f"raw_{DECISIONS}"), engine)
+        file = home.lake(campaign.name).file(f"raw_{DECISIONS}")
+        rows = _publish_raw(campaign, source, declared, file, engine, campaign.source.where)
     if rows == 0:
         raise InsufficientDataError(f"{campaign.file}: source: the table has no rows that pass its filter")
     logger.info("raw_%s: %s rows", DECISIONS, f"{rows:,}")
@@ -319,10 +320,14 @@ def _columns(campaign: TableCampaign, source: ibis.Table) -> list[str]:
 
 
 def _publish_raw(
-    campaign: TableCampaign, source: ibis.Table, declared: Sequence[str], file: Path, engine: Engine
+    campaign: TableCampaign,
+    source: ibis.Table,
+    declared: Sequence[str],
+    file: Path,
+    engine: Engine,
+    where: str | None = None,
 ) -> int:
-    derive, where = campaign.source.derive, campaign.source.where
-    names = list(dict.fromkeys(declared))
+    names, derive = list(dict.fromkeys(declared)), campaign.source.derive
     table = select_declared(campaign, "source", source, engine, names, derive, where, number_rows=True)
     engine.publish(table, file)
     return pq.read_metadata(file).num_rows
