@@ -59,10 +59,8 @@ def profile_columns(table: ibis.Table, kinds: Mapping[str, str], engine: Engine)
     ]
 
 
-def judge_columns(
-    diagnosis: Diagnosis, where: str, rows: int, columns: list[ColumnProfile], declared: set[str]
-) -> None:
-    """Findings on columns that carry nothing, or too much. `declared` are those whose type the file states."""
+def judge_columns(diagnosis: Diagnosis, where: str, rows: int, columns: list[ColumnProfile]) -> None:
+    """Findings on columns that carry nothing, or too much."""
     for column in columns:
         place = f"{where}.{column.name}"
         if column.missing == 1:

@@ -84,7 +84,7 @@ def diagnose_decisions(campaign: TableCampaign, home: Home, engine: Engine, *, i
         diagnosis.add(
             "P206", DECISIONS, "the row number is the key, in the scores too", "State source.key if there is one"
         )
-    judge_columns(diagnosis, DECISIONS, good, columns, set(campaign.attributes))
+    judge_columns(diagnosis, DECISIONS, good, columns)
     sample = _sample(campaign, table, kinds, good, engine)
     y = sample[CONVERTED].cast("float64").to_numpy()
     codes = [c.name for c in columns if c.name not in campaign.attributes and is_code(c, sample)]

@@ -185,7 +185,7 @@ def _judge_entities(
         again = found["n"] - found["keys"]
         diagnosis.add("P202", f"{name}.{campaign.key}", f"{again:,} rows repeat a key", "The row created first is used")
     columns = profile_columns(fine, types, engine)
-    judge_columns(diagnosis, name, found["n"], columns, set(campaign.attributes))
+    judge_columns(diagnosis, name, found["n"], columns)
     first, last = (str(found[end] or "") for end in ("first", "last"))
     diagnosis.tables.append(TableProfile(name, rows, found["n"], first, last, found["keys"], columns))
     _judge_times(diagnosis, campaign, name, raw)
