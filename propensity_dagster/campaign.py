@@ -81,6 +81,9 @@ class Campaign(Frozen):
         names = [candidate.name for candidate in self.models]
         if len(set(names)) != len(names) or "baseline" not in names or len(names) < 2:
             raise ValueError(f"models must be different names, 'baseline' and at least one more, got {names}")
+        stated = next((c.params for c in self.models if c.name == "ensemble"), {})
+        if stated:
+            raise ValueError(f"models.ensemble has no parameters, got {', '.join(stated)}")
         if self.key in NOT_COLUMNS:
             raise ValueError(f"the key column must not be one of {sorted(NOT_COLUMNS)}, got {self.key!r}")
         return self

@@ -46,6 +46,7 @@ MISTAKES = [
     ("segments: [country, channel]", "segments: [city]", "segments: 'city' is not declared; declared are age, country"),
     ("outcome: {stream: orders", "outcome: {stream: sales", "outcome.stream: 'sales' is not declared"),
     ("lightgbm, neural", "lightgmb, neural", "models.2.name"),
+    ("network, ensemble]", "network, {ensemble: {depth: 3}}]", "models.ensemble has no parameters, got depth"),
     ("models: [baseline, ", "models: [", "'baseline' and at least one more"),
     ("tiers: {high: 0.9, medium: 0.6}", "tiers: {high: 0.5, medium: 0.6}", "medium must be below high"),
     ("windows_days: [7, 30", "windows_days: [30, 7", "ascending order, got [30, 7, 90, 365]"),
