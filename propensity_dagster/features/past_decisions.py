@@ -46,17 +46,13 @@ def publish_decision_training_set(campaign: TableCampaign, home: Home, engine: E
     lake = home.lake(campaign.name)
     file = lake.existing(f"validated_{DECISIONS}")
     order = _order(campaign, file, engine)
-    rows = {TRAIN: 0, TEST: 0}
-    converted = {TRAIN: 0, TEST: 0}
+    counts = _no_rows()
     with publishing(lake.file(TRAINING_SET)) as temporary:
         writer: pq.ParquetWriter | None = None
         for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
             table = pa.Table.from_batches([batch])
             fold, is_test = _assign(campaign, table, order)
-            labels = table[CONVERTED].to_numpy(zero_copy_only=False)
-            for split, chosen in ((TRAIN, ~is_test), (TEST, is_test)):
-                rows[split] += int(chosen.sum())
-                converted[split] += int(labels[chosen].sum())
+            _count(counts, table, is_test)
             features = [n for n in table.column_names if n not in (campaign.key, POSITION, DECIDED_AT, CONVERTED)]
             out = table.select([campaign.key, *features, CONVERTED])
             out = out.add_column(1, "split", pa.array(np.where(is_test, TEST, TRAIN).astype(object), pa.string()))
@@ -67,19 +63,9 @@ def publish_decision_training_set(campaign: TableCampaign, home: Home, engine: E
         if writer is None:
             raise InsufficientDataError(f"{campaign.file}: there is no valid row to learn from")
         writer.close()
+        rows, converted = ({split: found[i] for split, found in counts.items()} for i in (0, 1))
         _require_both_outcomes(campaign, rows, converted)
-    words = order.words if order else _words_of_hash(campaign)
-    publish_table(
-        pa.table(
-            {
-                "snapshot": pa.array([words[TRAIN], words[TEST]]),
-                "split": pa.array([TRAIN, TEST]),
-                "rows": pa.array([rows[TRAIN], rows[TEST]], pa.int64()),
-                "converted": pa.array([converted[TRAIN], converted[TEST]], pa.int64()),
-            }
-        ),
-        lake.file(SPLITS),
-    )
+    publish_table(pa.Table.from_pylist(_described(campaign, order, counts)), lake.file(SPLITS))
     logger.info("training_set: %s rows train, %s test", f"{rows[TRAIN]:,}", f"{rows[TEST]:,}")
     return TrainingSetReport(rows, converted, shared_entities(campaign.key, lake.file(TRAINING_SET), engine))
 
@@ -89,14 +75,28 @@ def count_decision_splits(campaign: TableCampaign, home: Home, engine: Engine) -
     file = home.lake(campaign.name).existing(f"validated_{DECISIONS}")
     order = _order(campaign, file, engine)
     column = order.column if order else campaign.key
-    counts = {TRAIN: [0, 0], TEST: [0, 0]}
+    counts = _no_rows()
     for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS, columns=[column, CONVERTED]):
         table = pa.Table.from_batches([batch])
         _, is_test = _assign(campaign, table, order)
-        labels = table[CONVERTED].to_numpy(zero_copy_only=False)
-        for split, chosen in ((TRAIN, ~is_test), (TEST, is_test)):
-            counts[split][0] += int(chosen.sum())
-            counts[split][1] += int(labels[chosen].sum())
+        _count(counts, table, is_test)
+    return _described(campaign, order, counts)
+
+
+def _no_rows() -> dict[str, list[int]]:
+    """Rows and converters of each side, before any was counted."""
+    return {TRAIN: [0, 0], TEST: [0, 0]}
+
+
+def _count(counts: dict[str, list[int]], table: pa.Table, is_test: Any) -> None:
+    labels = table[CONVERTED].to_numpy(zero_copy_only=False)
+    for split, chosen in ((TRAIN, ~is_test), (TEST, is_test)):
+        counts[split][0] += int(chosen.sum())
+        counts[split][1] += int(labels[chosen].sum())
+
+
+def _described(campaign: TableCampaign, order: _Order | None, counts: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """The rows of the `splits` table."""
     words = order.words if order else _words_of_hash(campaign)
     return [{"snapshot": words[s], "split": s, "rows": n, "converted": k} for s, (n, k) in counts.items()]
 
