@@ -5,7 +5,6 @@ scorer's own files (LightGBM text, arrays). `manifest.json` lists the SHA-256 of
 the checksums, then that the golden rows score as they did when the model was saved.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from propensity_dagster.errors import SavedModelError
+from propensity_dagster.manifest import folder_identity, read_verified, write_manifest
 from propensity_dagster.models.base import FittedModel, Scorer
 from propensity_dagster.models.baseline import CellScorer
 from propensity_dagster.models.calibration import Calibrator, Floats
@@ -25,7 +25,7 @@ from propensity_dagster.models.trees import TreesScorer
 FORMAT = 1
 GOLDEN_ROWS = 8
 _TOLERANCE = 1e-9
-_MANIFEST, _MODEL = "manifest.json", "model.json"
+MODEL = "model.json"
 
 _SCORERS: dict[str, type[Scorer]] = {
     scorer.kind: scorer for scorer in (CellScorer, LinearScorer, TreesScorer, NetworkScorer, EnsembleScorer)
@@ -54,11 +54,8 @@ def write_model(model: FittedModel, folder: Path, examples: Floats | None = None
             "log_odds": model.log_odds(golden).tolist(),
         },
     }
-    (folder / _MODEL).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _MANIFEST)
-    checksums = {str(p.relative_to(folder)): _checksum(p) for p in files}
-    manifest = json.dumps({"format": FORMAT, "sha256": checksums}, indent=1, sort_keys=True)
-    (folder / _MANIFEST).write_text(manifest, encoding="utf-8")
+    (folder / MODEL).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+    write_manifest(folder, FORMAT)
 
 
 def load_model(folder: Path) -> FittedModel:
@@ -67,7 +64,7 @@ def load_model(folder: Path) -> FittedModel:
     Raises:
         SavedModelError: when a file is missing, cut short, changed, or of an unknown format or kind.
     """
-    content = _verified_content(folder)
+    content = read_verified(folder, FORMAT, MODEL)
     if content["kind"] not in _SCORERS:
         raise SavedModelError(f"{folder}: unknown kind of model {content['kind']!r}; allowed are {', '.join(_SCORERS)}")
     calibrator = content["calibrator"]
@@ -89,37 +86,17 @@ def load_model(folder: Path) -> FittedModel:
 
 def golden_difference(folder: Path) -> float:
     """Largest difference in log-odds between the saved model and the one in memory when it was saved."""
-    return _golden_difference(load_model(folder), _verified_content(folder))
+    return _golden_difference(load_model(folder), read_verified(folder, FORMAT, MODEL))
 
 
 def model_identity(folder: Path) -> str:
     """A short content hash: equal models have equal identities."""
-    return _checksum(folder / _MANIFEST)[:16]
+    return folder_identity(folder)
 
 
 def _golden_difference(model: FittedModel, content: dict[str, Any]) -> float:
     rows = np.array(content["golden"]["rows"], dtype=np.float64)
     return float(np.abs(model.log_odds(rows) - np.array(content["golden"]["log_odds"])).max())
-
-
-def _verified_content(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise SavedModelError(f"{folder}: format {manifest['format']} is unknown; this version reads {FORMAT}")
-        for name, expected in manifest["sha256"].items():
-            if _checksum(folder / name) != expected:
-                raise SavedModelError(f"{folder / name}: checksum differs: the file was cut short or changed")
-        content: dict[str, Any] = json.loads((folder / _MODEL).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SavedModelError(f"{folder}: not a complete saved model: {error.filename}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SavedModelError(f"{folder}: not a saved model: {error!r}") from None
-    return content
-
-
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _synthetic_rows(contract: FeatureContract) -> Floats:
