@@ -64,6 +64,16 @@ class Home:
         return self.root / "candidates" / campaign
 
     @property
+    def serving(self) -> Path:
+        """Folder of what is served: releases, settings, API keys."""
+        return self.root / "serving"
+
+    @property
+    def predictions(self) -> Path:
+        """Folder of the log of answers."""
+        return self.root / "predictions"
+
+    @property
     def synthetic(self) -> Path:
         """Folder of generated worlds."""
         return self.root / "synthetic"

@@ -26,7 +26,17 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Feature:
-    """One column of the features table. `window` is in days; None means no window applies."""
+    """One column of the features table.
+
+    Attributes:
+        name: column name.
+        meaning: in words.
+        kind: "number" or "category".
+        window: in days, "all" for the whole history, "" where none applies.
+        stream: the event log it comes from, or "".
+        expression: from the joined aggregates to the column.
+        minimum: values below it cannot be; None where they can, or where the campaign file says.
+    """
 
     name: str
     meaning: str
@@ -34,6 +44,7 @@ class Feature:
     window: str
     stream: str
     expression: Callable[[ir.Table], Any]
+    minimum: float | None = 0.0
 
 
 def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) -> list[Feature]:
@@ -59,7 +70,8 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
     ]
     for name, kind in attribute_types.items():
         words = ", protected: no model sees it" if name in campaign.protected else ""
-        features.append(Feature(name, f"attribute {name}{words}", kind, "", "", _column(f"attribute__{name}")))
+        column = _column(f"attribute__{name}")
+        features.append(Feature(name, f"attribute {name}{words}", kind, "", "", column, minimum=None))
     for name, stream in campaign.source.streams.items():
         features += _stream_features(campaign, name, stream)
     known = {feature.name for feature in features}
@@ -69,7 +81,20 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
                 f"{campaign.file}: features.names.{alias}: there is no feature {target!r}; "
                 f"there are {', '.join(sorted(known))}"
             )
+    _require_one_name_each(campaign, known)
     return features
+
+
+def _require_one_name_each(campaign: EventCampaign, known: set[str]) -> None:
+    """Outside, a feature has one name, and a name one feature."""
+    names: dict[str, str] = {}
+    for alias, target in campaign.features.names.items():
+        where = f"{campaign.file}: features.names.{alias}"
+        if target in names:
+            raise ConfigError(f"{where}: {target!r} is already called {names[target]!r}")
+        if alias == campaign.key or (alias in known and alias != target):
+            raise ConfigError(f"{where}: {alias!r} is the name of {'the key' if alias == campaign.key else 'a feature'}")
+        names[target] = alias
 
 
 def features_markdown(campaign: EventCampaign, features: list[Feature]) -> str:
@@ -96,7 +121,10 @@ def _stream_features(campaign: EventCampaign, name: str, stream: Stream) -> list
 
     def add(suffix: str, meaning: str, window: str, expression: Callable[[ir.Table], Any]) -> None:
         shown = window.removesuffix("d")
-        features.append(Feature(f"{name}_{suffix}", meaning, "number", shown, name, expression))
+        # Refunds: an amount may be negative where the campaign file lets it.
+        below_zero = stream.minimum_amount is None or stream.minimum_amount < 0
+        minimum = None if suffix.startswith("amount_") and below_zero else 0.0
+        features.append(Feature(f"{name}_{suffix}", meaning, "number", shown, name, expression, minimum))
 
     add("recency_days", f"days since the last of {name}", ALL, _days_since(f"{name}__last_{ALL}"))
     if stream.type:

@@ -116,6 +116,15 @@ class MlflowStore:
         (folder,) = [p for p in (path / "artifacts").iterdir() if (p / "manifest.json").exists()]
         return folder
 
+    def evaluation(self, campaign: str, version: str) -> dict[str, Any]:
+        """The record that was logged when the version was registered."""
+        self._require_version(campaign, version)
+        (run_id,) = [v.run_id for v in self.versions(campaign) if v.version == version]
+        from mlflow.artifacts import download_artifacts
+
+        file = Path(download_artifacts(run_id=run_id, artifact_path="reports/evaluation.json"))
+        return json.loads(file.read_text(encoding="utf-8"))
+
     def promote(self, campaign: str, version: str, why: str) -> None:
         """Move the alias and record the event."""
         self._make_champion(campaign, version, "promoted", why)

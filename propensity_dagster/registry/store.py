@@ -46,6 +46,10 @@ class ModelStore(Protocol):
         """The saved model of a version."""
         ...
 
+    def evaluation(self, campaign: str, version: str) -> dict[str, Any]:
+        """The evaluation record of the run that a version came from."""
+        ...
+
     def promote(self, campaign: str, version: str, why: str) -> None:
         """Make a version the champion."""
         ...

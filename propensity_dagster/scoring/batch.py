@@ -33,6 +33,8 @@ from propensity_dagster.models.prior import LogOddsHistogram
 logger = logging.getLogger(__name__)
 
 SCORES = "scores"
+PRIOR_SHIFT = "prior_shift"
+"""Key of the file's metadata: what was added to all log-odds of the snapshot."""
 
 
 @dataclass(frozen=True)
@@ -198,4 +200,4 @@ def _finish(
             "model_version": pa.array([version]).take(same),
             "scored_at": pa.array([scored_at], pa.timestamp("us")).take(same),
         }
-    )
+    ).replace_schema_metadata({PRIOR_SHIFT: repr(shift)})

@@ -1,0 +1,71 @@
+"""Why a score: the features that moved it most, in log-odds that add up, and in words.
+
+Each feature is compared with a reference population, the newest scored one. Belongs here: choosing and wording
+reasons. How contributions are computed is each scorer's own affair.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import UNSET
+
+from propensity_dagster.serving.inputs import Input
+from propensity_dagster.serving.packages import Package
+
+REASONS = 5
+
+
+def explain(package: Package, row: list[float], values: Sequence[Any]) -> dict[str, Any]:
+    """`reasons`, `others`, `base`, `log_odds` and `base_probability` of one scored row.
+
+    base + contributions of the reasons + others = log_odds, and the probability is its logistic function.
+
+    Args:
+        package: the version that scored it.
+        row: its encoded values (p,).
+        values: the same as they came, categories as text.
+    """
+    base, shares = package.model.contributions(row, package.reference)
+    base += package.content["prior_shift"]
+    order = sorted(range(len(shares)), key=lambda i: -abs(shares[i]))[:REASONS]
+    chosen = [i for i in order if shares[i] != 0]
+    reasons = [_reason(package.inputs[i], values[i], float(shares[i])) for i in chosen]
+    total = float(shares.sum())
+    return {
+        "base": base,
+        "base_probability": 1 / (1 + math.exp(-base)),
+        "log_odds": base + total,
+        "reasons": reasons,
+        "others": total - sum(reason["contribution"] for reason in reasons),
+    }
+
+
+def _reason(field: Input, value: Any, contribution: float) -> dict[str, Any]:
+    given = None if value is UNSET else value
+    return {
+        "feature": field.name,
+        "value": given,
+        "typical": field.typical,
+        "contribution": contribution,
+        "direction": "raises" if contribution > 0 else "lowers",
+        "sentence": _sentence(field, given, contribution),
+    }
+
+
+def _sentence(field: Input, value: Any, contribution: float) -> str:
+    what = field.meaning[:1].upper() + field.meaning[1:]
+    if field.window == "all":
+        what += ", ever"
+    elif field.window:
+        what += f", last {field.window} days"
+    effect = "raises" if contribution > 0 else "lowers"
+    return f"{what}: {_words(value)}, typically {_words(field.typical)}. This {effect} the probability."
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "none known"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"

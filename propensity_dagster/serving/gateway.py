@@ -1,0 +1,510 @@
+"""HTTP around the answers, outside BentoML's own middleware: routes, keys, limits, errors, metrics.
+
+BentoML's stack costs several times a prediction (timers, tracing, access log, validation that repeats what was sent),
+so that only its documentation page is reached through it. Values of a request are in no log and no error.
+"""
+
+import asyncio
+import gc
+import ipaddress
+import itertools
+import logging
+import os
+import re
+import resource
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from propensity_dagster.serving.limits import RateLimit
+from propensity_dagster.serving.measures import Measures, run_folder
+from propensity_dagster.serving.model_info import campaigns_body, model_body
+from propensity_dagster.serving.openapi import document
+from propensity_dagster.serving.packages import Release
+from propensity_dagster.serving.prediction_log import PredictionLog
+from propensity_dagster.serving.predictions import Answered, log_answers, predict, predict_batch, predict_explained
+from propensity_dagster.serving.problems import Problem
+from propensity_dagster.serving.settings import ApiKey, predictions_folder, serving_folder
+from propensity_dagster.serving.watch import Watcher
+
+logger = logging.getLogger("propensity.serving")
+
+Scope = Any
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
+_JSON = (b"content-type", b"application/json")
+_TEXT = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+_CLOSE = (b"connection", b"close")
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+_FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip")
+_SWEEP_SECONDS = 0.1
+_SWEEPS_A_MEASURE = 10
+_DRAIN_BYTES = 4 << 20
+
+
+@dataclass(slots=True)
+class Request:
+    """What a handler needs. `charge` takes further requests from the key's rate."""
+
+    id: str
+    release: Release | None
+    body: bytes
+    charge: Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint: `batch` bodies may be longer, `open` ones need no key, `campaign` ones a release."""
+
+    name: str
+    method: str
+    handler: str
+    batch: bool = False
+    open: bool = False
+    campaign: bool = True
+
+
+_CAMPAIGN_ROUTES = {
+    "predict": Route("predict", "POST", "_predict"),
+    "predict_batch": Route("predict_batch", "POST", "_predict_batch", batch=True),
+    "explain": Route("explain", "POST", "_explain"),
+    "model": Route("model", "GET", "_model"),
+}
+_ROUTES = {
+    **{f"/{name}": route for name, route in _CAMPAIGN_ROUTES.items()},
+    "/campaigns": Route("campaigns", "GET", "_campaigns", campaign=False),
+    "/metrics": Route("metrics", "GET", "_metrics", campaign=False),
+    "/livez": Route("livez", "GET", "_alive", campaign=False, open=True),
+    "/readyz": Route("readyz", "GET", "_ready", campaign=False, open=True),
+    "/docs.json": Route("docs", "GET", "_docs", campaign=False, open=True),
+}
+_DOCS = Route("docs", "GET", "", campaign=False, open=True)
+
+
+@dataclass(slots=True)
+class _InHand:
+    """A request that is being answered; `late` once its time was up."""
+
+    task: Any
+    deadline: float
+    late: bool = False
+
+
+class Gateway:
+    """The ASGI application around BentoML's. One per worker; everything runs on its event loop."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._watcher = Watcher(serving_folder(), os.environ.get("PROPENSITY_DEFAULT_CAMPAIGN"))
+        self._state = self._watcher.state
+        self._in_hand: dict[int, _InHand] = {}
+        self._numbers = itertools.count()
+        self._prefix = secrets.token_hex(6)
+        self._log: PredictionLog | None = None
+        self._documents: tuple[Any, bytes] = (None, b"")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One connection event: a request, or the worker's start and stop."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._lifespan(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1003})
+
+    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Any) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                self._start()
+            elif message["type"] == "lifespan.shutdown.complete":
+                self._stop()
+            await send(message)
+
+        await self._app(scope, receive, watched)
+
+    def _start(self) -> None:
+        _raise_file_limit()
+        folder = run_folder()
+        self._measures = Measures(folder, self._state)
+        self._rates = RateLimit(folder / "rates")
+        self._watcher.start()
+        predictions = predictions_folder(serving_folder())
+        if predictions is None:
+            logger.warning("PROPENSITY_HOME and PROPENSITY_PREDICTIONS are not set: answers are not logged")
+        else:
+            self._log = PredictionLog(predictions)
+            self._measures.follow(self._log)
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        # What was loaded stays: collections need not look at it again. Requests leave no cycles behind.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+
+    def _stop(self) -> None:
+        self._sweeper.cancel()
+        self._watcher.stop()
+        if self._log is not None:
+            self._log.close()
+        self._measures.stop()
+
+    async def _sweep(self) -> None:
+        """Cancel what is late. One timer for all requests: a timer each would cost more than a prediction."""
+        for turn in itertools.count():
+            await asyncio.sleep(_SWEEP_SECONDS)
+            if turn % _SWEEPS_A_MEASURE == 0:
+                self._measures.update(len(self._in_hand))
+            now = time.monotonic()
+            for request in list(self._in_hand.values()):
+                if request.deadline < now and not request.late:
+                    request.late = True
+                    request.task.cancel()
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        number = next(self._numbers)
+        headers = _Headers(scope["headers"])
+        request_id = headers.request_id or f"{self._prefix}{number:08x}"
+        route: Route | None = None
+        name: str | None = None
+        answered: Answered | None = None
+        extra: tuple[Header, ...] = ()
+        in_hand: _InHand | None = None
+        reading = [False]
+        try:
+            route, name = _find_route(scope)
+            self._admit(scope, headers, route)
+            if route is _DOCS:
+                await self._app(scope, receive, send)
+                return
+            in_hand = self._take(number)
+            answered, content_type = await self._answer(scope, receive, headers, route, name, request_id, reading)
+            status, body = 200, answered.body
+        except Problem as problem:
+            status, body, extra, content_type = problem.status, problem.body(request_id), problem.headers, _JSON
+        except asyncio.CancelledError:
+            if in_hand is None or not in_hand.late:
+                raise
+            problem = _late(reading[0])
+            status, body, extra, content_type = problem.status, problem.body(request_id), problem.headers, _JSON
+        except Exception as error:
+            # Never the message: it may hold what was sent.
+            where = _where(error)
+            logger.error("%s: %s at %s (request %s)", scope["path"][:100], type(error).__name__, where, request_id)
+            problem = Problem(500, "internal_error", "an error of ours; it is in the server's log")
+            status, body, content_type = 500, problem.body(request_id), _JSON
+        finally:
+            self._in_hand.pop(number, None)
+        sent = [
+            content_type,
+            (b"content-length", b"%d" % len(body)),
+            (b"x-request-id", request_id.encode()),
+            *extra,
+        ]
+        if headers.origin and headers.origin.decode("latin-1") in self._state.settings.cors_origins:
+            sent += [(b"access-control-allow-origin", headers.origin), (b"vary", b"Origin")]
+        await send({"type": "http.response.start", "status": status, "headers": sent})
+        if _CLOSE in extra:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await _drain(receive)
+            body = b""
+        await send({"type": "http.response.body", "body": body})
+        self._measures.request(route.name if route else "none", name, status, time.perf_counter() - started)
+        if answered is not None and self._log is not None and self._state.settings.log_predictions:
+            log_answers(answered, self._log)
+
+    def _admit(self, scope: Scope, headers: "_Headers", route: Route) -> None:
+        """Methods, keys and rates, before a byte of the body is read."""
+        method = scope["method"]
+        if method == "OPTIONS" and headers.origin and headers.preflight:
+            self._preflight(headers, route)
+        if method != route.method and not (method == "HEAD" and route.method == "GET"):
+            allowed = route.method if route.method == "POST" else "GET, HEAD"
+            raise Problem(
+                405, "method_not_allowed", f"allowed is {allowed}", headers=((b"allow", allowed.encode()), _CLOSE)
+            )
+        if route.open:
+            return
+        key = self._authenticate(scope, headers)
+        if key is not None:
+            headers.slot = key.slot
+            self._charge(key.slot, 1)
+
+    def _preflight(self, headers: "_Headers", route: Route) -> None:
+        if headers.origin.decode("latin-1") in self._state.settings.cors_origins:
+            allowed = (
+                (b"access-control-allow-methods", route.method.encode()),
+                (b"access-control-allow-headers", b"content-type, authorization, x-api-key, x-request-id"),
+                (b"access-control-max-age", b"600"),
+            )
+            raise _Preflight(allowed)
+
+    def _authenticate(self, scope: Scope, headers: "_Headers") -> ApiKey | None:
+        keys = self._state.keys
+        if keys.entries:
+            found = keys.find(headers.key) if headers.key else None
+            if found is None:
+                said = "this API key is not known" if headers.key else "an API key is needed"
+                raise _unauthorized(f"{said}: send it as X-API-Key, or as Authorization: Bearer")
+            return found
+        if not _is_local(scope, headers):
+            raise _unauthorized("no API key has been made yet (propensity key add NAME), so only this machine may call")
+        return None
+
+    def _charge(self, slot: int | None, cost: int) -> None:
+        if slot is None or cost <= 0:
+            return
+        settings = self._state.settings
+        seconds = self._rates.wait(slot, settings.requests_per_second, settings.burst, cost)
+        if seconds:
+            message = f"more than {settings.requests_per_second:g} a second for this key, a batch counts its rows"
+            after = (b"retry-after", b"%d" % max(1, round(seconds + 0.5)))
+            raise Problem(429, "rate_limited", message, headers=(after,))
+
+    def _take(self, number: int) -> _InHand:
+        settings = self._state.settings
+        if len(self._in_hand) >= settings.max_concurrency:
+            message = f"more than {settings.max_concurrency} requests at once"
+            raise Problem(429, "too_many_requests", message, headers=((b"retry-after", b"1"), _CLOSE))
+        in_hand = _InHand(asyncio.current_task(), time.monotonic() + settings.timeout_seconds)
+        self._in_hand[number] = in_hand
+        return in_hand
+
+    async def _answer(
+        self,
+        scope: Scope,
+        receive: Receive,
+        headers: "_Headers",
+        route: Route,
+        name: str | None,
+        request_id: str,
+        reading: list[bool],
+    ) -> tuple[Answered, Header]:
+        release = self._release(name) if route.campaign else None
+        body = b""
+        if route.method == "POST":
+            settings = self._state.settings
+            limit = settings.max_batch_bytes if route.batch else settings.max_body_bytes
+            _require_json(headers)
+            reading[0] = True
+            body = await _read(receive, headers.length, limit)
+            reading[0] = False
+        slot = headers.slot
+        request = Request(request_id, release, body, lambda cost: self._charge(slot, cost))
+        answered = await getattr(self, route.handler)(request)
+        return answered, _TEXT if route.name == "metrics" else _JSON
+
+    def _release(self, name: str | None) -> Release:
+        state = self._state
+        wanted = name if name is not None else state.default_campaign
+        release = state.releases.get(wanted) if wanted is not None else None
+        if release is not None:
+            return release
+        if name is not None and state.releases:
+            raise Problem(404, "unknown_campaign", f"there are {', '.join(sorted(state.releases))}")
+        said = "the default campaign" if state.releases else "any campaign"
+        raise Problem(
+            503, "no_champion", f"there is no champion of {said} yet: train and promote one", headers=_RETRY
+        )
+
+    async def _predict(self, request: Request) -> Answered:
+        release = _released(request)
+        return await predict(release, self._state.stores.get(release.campaign), request.body, request.id)
+
+    async def _predict_batch(self, request: Request) -> Answered:
+        release = _released(request)
+        store = self._state.stores.get(release.campaign)
+        return await predict_batch(release, store, request.body, request.id, request.charge)
+
+    async def _explain(self, request: Request) -> Answered:
+        release = _released(request)
+        return await predict_explained(release, self._state.stores.get(release.campaign), request.body, request.id)
+
+    async def _model(self, request: Request) -> Answered:
+        return Answered(model_body(_released(request), self._state))
+
+    async def _campaigns(self, request: Request) -> Answered:
+        return Answered(campaigns_body(self._state))
+
+    async def _metrics(self, request: Request) -> Answered:
+        self._measures.update(len(self._in_hand))
+        return Answered(self._measures.text())
+
+    async def _alive(self, request: Request) -> Answered:
+        return Answered(b'{"status":"alive"}')
+
+    async def _ready(self, request: Request) -> Answered:
+        self._release(None)
+        return Answered(b'{"status":"ready"}')
+
+    async def _docs(self, request: Request) -> Answered:
+        releases = self._state.releases
+        if self._documents[0] is not releases:
+            self._documents = (releases, document(self._state))
+        return Answered(self._documents[1])
+
+
+_RETRY: tuple[Header, ...] = ((b"retry-after", b"1"),)
+
+
+class _Preflight(Problem):
+    """Not a problem: what a browser asks before it sends; 204 has no body."""
+
+    def __init__(self, headers: tuple[Header, ...]) -> None:
+        super().__init__(204, "", "", headers=headers)
+
+    def body(self, request_id: str) -> bytes:
+        return b""
+
+
+class _Headers:
+    """The headers that matter. Of one given twice the last counts, but of credentials none does."""
+
+    __slots__ = ("content_type", "encoding", "forwarded", "host", "key", "length", "origin", "preflight", "request_id", "slot")
+
+    def __init__(self, headers: Any) -> None:
+        self.key = self.content_type = self.encoding = self.origin = self.host = b""
+        self.length: int | None = None
+        self.forwarded = self.preflight = False
+        self.request_id: str | None = None
+        self.slot: int | None = None
+        for name, value in headers:
+            if name == b"x-api-key":
+                self.key = value
+            elif name == b"authorization":
+                if value[:7].lower() == b"bearer ":
+                    self.key = value[7:].strip()
+            elif name == b"content-type":
+                self.content_type = value
+            elif name == b"content-length":
+                self.length = int(value) if value.isdigit() else None
+            elif name == b"x-request-id":
+                self.request_id = value.decode() if _REQUEST_ID.fullmatch(value) else None
+            elif name == b"host":
+                self.host = value
+            elif name == b"origin":
+                self.origin = value
+            elif name == b"content-encoding":
+                self.encoding = value
+            elif name == b"access-control-request-method":
+                self.preflight = True
+            elif name in _FORWARDED:
+                self.forwarded = True
+
+
+def _find_route(scope: Scope) -> tuple[Route, str | None]:
+    path: str = scope["path"]
+    route = _ROUTES.get(path)
+    if route is not None:
+        return route, None
+    if path == "/" or path.startswith("/static_content/"):
+        return _DOCS, None
+    parts = path.split("/")
+    if len(parts) == 4 and parts[1] == "campaigns" and parts[3] in _CAMPAIGN_ROUTES:
+        return _CAMPAIGN_ROUTES[parts[3]], parts[2]
+    raise Problem(404, "not_found", "there is no such path; GET / lists what there is", headers=(_CLOSE,))
+
+
+def _is_local(scope: Scope, headers: _Headers) -> bool:
+    """Whether a caller without a key is a program on this machine: no other host, no proxy, no foreign page."""
+    client, server = scope.get("client"), scope.get("server")
+    ends = [end[0] for end in (client, server) if end]
+    if len(ends) != 2 or headers.forwarded or not all(map(_is_loopback, ends)):
+        return False
+    try:
+        host = urlsplit(f"//{headers.host.decode('latin-1')}").hostname
+    except ValueError:
+        return False
+    return host is None or host in _LOCAL_HOSTS  # a page's own name for 127.0.0.1 is no local caller
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def _unauthorized(message: str) -> Problem:
+    return Problem(401, "unauthorized", message, headers=((b"www-authenticate", b"Bearer"), _CLOSE))
+
+
+def _require_json(headers: _Headers) -> None:
+    kind, _, parameters = headers.content_type.lower().partition(b";")
+    charset = parameters.strip().replace(b'"', b"")
+    plain = headers.encoding in (b"", b"identity")
+    if kind.strip() != b"application/json" or charset not in (b"", b"charset=utf-8") or not plain:
+        message = "send Content-Type: application/json, in UTF-8 and not compressed"
+        raise Problem(415, "unsupported_media_type", message, headers=((b"accept", b"application/json"), _CLOSE))
+
+
+async def _read(receive: Receive, length: int | None, limit: int) -> bytes:
+    if length is not None and length > limit:
+        raise _too_large(limit)
+    message = await receive()
+    body: bytes = message.get("body", b"")
+    if message.get("more_body"):
+        parts, size = [body], len(body)
+        while message.get("more_body"):
+            if size > limit:
+                raise _too_large(limit)
+            message = await receive()
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+        body = b"".join(parts)
+    if message["type"] == "http.disconnect":
+        raise Problem(400, "disconnected", "the connection ended before the body did")
+    if len(body) > limit:
+        raise _too_large(limit)
+    return body
+
+
+def _too_large(limit: int) -> Problem:
+    return Problem(413, "body_too_large", f"a body may have at most {limit:,} bytes", headers=(_CLOSE,))
+
+
+def _late(reading: bool) -> Problem:
+    if reading:
+        return Problem(408, "timeout", "the body did not come in time", headers=(_CLOSE,))
+    return Problem(503, "timeout", "the answer took too long", headers=_RETRY)
+
+
+async def _drain(receive: Receive) -> None:
+    """Take what still comes for a moment: a client that is sending would otherwise not see the answer."""
+    try:
+        async with asyncio.timeout(1):
+            size = 0
+            while size < _DRAIN_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body"):
+                    return
+    except TimeoutError:
+        return
+
+
+def _released(request: Request) -> Release:
+    assert request.release is not None
+    return request.release
+
+
+def _where(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else "unknown"
+
+
+def _raise_file_limit() -> None:
+    """Each connection is a file; the usual limit of 1,024 is soft."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+

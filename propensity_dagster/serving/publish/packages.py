@@ -1,0 +1,250 @@
+"""Building a package from a registered version: the saved model, and all that an answer needs beside it."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.special import expit
+
+from propensity_dagster.campaign import ROW_NUMBER, Campaign, EventCampaign
+from propensity_dagster.data.lake import Home, publishing_folder
+from propensity_dagster.errors import ConfigError, DataContractError
+from propensity_dagster.evaluation.splits import TEST
+from propensity_dagster.evaluation.value import break_even
+from propensity_dagster.features.definitions import define_features
+from propensity_dagster.features.snapshots import TRAINING_SET
+from propensity_dagster.manifest import folder_identity, write_manifest
+from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.calibration import Floats
+from propensity_dagster.models.dataset import CATEGORY, read_split
+from propensity_dagster.models.prior import LogOddsHistogram
+from propensity_dagster.models.saved import load_model
+from propensity_dagster.registry.store import ModelStore, Version
+from propensity_dagster.scoring.batch import PRIOR_SHIFT, SCORES
+from propensity_dagster.scoring.candidates import folds_of
+from propensity_dagster.serving.inputs import LARGEST
+from propensity_dagster.serving.packages import CAMPAIGN, FORMAT, MODEL, PACKAGES, POPULATION
+from propensity_dagster.serving.predictions import ANSWER_FIELDS
+
+_SAMPLE_ROWS = 20_000
+_REFERENCE_ROWS = 256
+_POPULATION = 1_000_000
+_METRICS = (
+    "log_loss",
+    "auc",
+    "average_precision",
+    "calibration_error",
+    "calibration_slope",
+    "calibration_intercept",
+    "top_decile_lift",
+)
+
+
+@dataclass(frozen=True)
+class _Population:
+    """Who a score is compared with: ascending probabilities, and a sample of the rows."""
+
+    source: str
+    snapshot: str
+    rows: int
+    probabilities: Floats
+    prior_shift: float
+    sample: pa.Table
+
+
+def build_package(campaign: Campaign, version: Version, home: Home, store: ModelStore) -> str:
+    """Write the package of a version against the newest population, and return its name. Equal ones are one.
+
+    Raises:
+        DataContractError: when there is no population to compare a score with.
+        ConfigError: when the key is called like a field of the answer.
+    """
+    if campaign.key in ANSWER_FIELDS:
+        raise ConfigError(f"{campaign.file}: the key column {campaign.key!r} is also a field of every answer")
+    folder = store.folder(campaign.name, version.version)
+    model = load_model(folder)
+    population = _population(campaign, model, version.version, home)
+    content = _content(campaign, version, model, population, store.evaluation(campaign.name, version.version))
+    with tempfile.TemporaryDirectory(prefix="propensity-package-") as scratch:
+        built = Path(scratch) / "package"
+        shutil.copytree(folder, built / MODEL)
+        population.probabilities.astype("<f8").tofile(built / POPULATION)
+        (built / CAMPAIGN).write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+        write_manifest(built, FORMAT)
+        name = f"v{version.version}-{population.snapshot}-{folder_identity(built)[:8]}"
+        target = home.serving / campaign.name / PACKAGES / name
+        if not target.exists():
+            with publishing_folder(target) as staging:
+                shutil.copytree(built, staging, dirs_exist_ok=True)
+    return name
+
+
+def _content(
+    campaign: Campaign, version: Version, model: FittedModel, population: _Population, record: dict[str, Any]
+) -> dict[str, Any]:
+    keyed = campaign.key != ROW_NUMBER
+    threshold = break_even(campaign.value)
+    judged = record["models"][record["challenger"]]
+    metrics = {name: judged[name] for name in _METRICS if judged[name]["value"] is not None}
+    return {
+        "campaign": campaign.name,
+        "description": campaign.description,
+        "version": version.version,
+        "model": version.model,
+        "identity": version.identity,
+        "key": campaign.key if keyed else None,
+        "outcome": campaign.outcome.model_dump(mode="json"),
+        "features": _features(campaign, model, population.sample),
+        "tiers": campaign.tiers.model_dump(),
+        "value": campaign.value.model_dump(),
+        "threshold": threshold if np.isfinite(threshold) else None,
+        "prior_shift": population.prior_shift,
+        "population": {"source": population.source, "snapshot": population.snapshot, "rows": population.rows},
+        "reference": _reference(model, population.sample),
+        "trained_on": {
+            "snapshots": model.facts["snapshots"],
+            "rows": model.facts["rows"],
+            "calibration": model.calibrator.method,
+            "versions": model.facts.get("versions", {}),
+        },
+        "metrics": metrics,
+        "model_card": _card(campaign, record),
+    }
+
+
+def _card(campaign: Campaign, record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "intended_use": f"{campaign.description} Whom to contact, in what order, within a budget.",
+        "not_intended_for": "Credit, employment, insurance, housing, or any decision about a person's rights.",
+        "judged_on": {
+            "rows": record["rows"],
+            "converted": record["converted"],
+            "outcome_rate": record["outcome_rate"],
+            "snapshots": record["snapshots"].get(TEST, []),
+        },
+        "decision_of_the_gate": record["decision"]["sentence"],
+        "protected_attributes_no_model_sees": list(campaign.protected),
+        "segments": record["segments"][record["challenger"]],
+        "limits": "Probabilities hold for customers like those it was judged on; percentiles compare with the last "
+        "scored population. A feature that is missing is treated as in training.",
+    }
+
+
+def _features(campaign: Campaign, model: FittedModel, sample: pa.Table) -> list[dict[str, Any]]:
+    kinds = {spec.name: spec.kind for spec in model.contract.features}
+    aliases: dict[str, str] = {}
+    words: dict[str, tuple[str, str, float | None]] = {}
+    if isinstance(campaign, EventCampaign):
+        aliases = {target: alias for alias, target in campaign.features.names.items()}
+        known = {name: kinds[name] for name in campaign.attributes if name in kinds}
+        words = {f.name: (f.meaning, f.window, f.minimum) for f in define_features(campaign, known)}
+    found: list[dict[str, Any]] = []
+    for name, kind in kinds.items():
+        meaning, window, minimum = words.get(name, (name, "", None))
+        if name in campaign.attributes or name not in words:
+            meaning = name.replace("_", " ")
+        stated = campaign.attributes.get(name)
+        low = stated.minimum if stated and stated.minimum is not None else minimum
+        high = stated.maximum if stated and stated.maximum is not None else None
+        found.append(
+            {
+                "name": aliases.get(name, name),
+                "feature": name,
+                "kind": kind,
+                "meaning": meaning,
+                "window": window,
+                "minimum": -LARGEST if low is None else float(low),
+                "maximum": LARGEST if high is None else float(high),
+                "typical": _typical(sample[name], kind),
+            }
+        )
+    return found
+
+
+def _typical(column: pa.ChunkedArray, kind: str) -> float | str | None:
+    """Median or mode of a feature; None where most customers have no value."""
+    present = column.drop_null()
+    if 2 * len(present) < len(column) or not len(present):
+        return None
+    if kind == CATEGORY:
+        counts = sorted(present.value_counts().to_pylist(), key=lambda c: (-c["counts"], c["values"]))
+        return str(counts[0]["values"])
+    return float(np.median(present.cast("float64").to_numpy()))
+
+
+def _reference(model: FittedModel, sample: pa.Table) -> list[list[float | None]]:
+    """Encoded rows, evenly spaced in the sample, which is in the order of keys as text: no order of theirs."""
+    chosen = np.linspace(0, sample.num_rows - 1, min(_REFERENCE_ROWS, sample.num_rows)).astype(np.int64)
+    rows = model.contract.encode(sample.take(pa.array(chosen)))
+    return [[None if np.isnan(v) else v for v in row] for row in rows.tolist()]
+
+
+def _population(campaign: Campaign, model: FittedModel, version: str, home: Home) -> _Population:
+    """The newest snapshot that this version scored; else the newest features, or the test rows, scored now."""
+    lake = home.lake(campaign.name)
+    columns = model.contract.names
+    for snapshot in reversed(lake.partitions(SCORES, "snapshot")):
+        file = pq.ParquetFile(lake.partition(SCORES, "snapshot", snapshot))
+        features = lake.partition("features", "snapshot", snapshot)
+        if not features.exists() or not file.metadata.num_rows:
+            continue
+        if next(file.iter_batches(1, columns=["model_version"])).column(0)[0].as_py() != version:
+            break  # an older one scored the newest snapshot: it is scored anew, below
+        shift = float((file.schema_arrow.metadata or {}).get(PRIOR_SHIFT.encode(), b"0.0"))
+        probabilities = file.read(["probability"])["probability"].to_numpy()
+        return _described(SCORES, snapshot, probabilities, shift, _sample(features, columns))
+    for snapshot in reversed(lake.partitions("features", "snapshot")):
+        features = lake.partition("features", "snapshot", snapshot)
+        present = pq.read_schema(features).names
+        if pq.read_metadata(features).num_rows and all(name in present for name in columns):
+            batches = pq.ParquetFile(features).iter_batches(columns=columns)
+            probabilities, shift = _rescored(campaign, model, batches)
+            return _described("features", snapshot, probabilities, shift, _sample(features, columns))
+    if not lake.file(TRAINING_SET).exists():
+        raise DataContractError(f"{campaign.name}: there is nothing to compare a score with: no scores, no features")
+    test = read_split(lake.file(TRAINING_SET), TEST, folds_of(campaign)[0])
+    probabilities, shift = _rescored(campaign, model, iter(test.to_batches()))
+    return _described("test rows", None, probabilities, shift, _thinned(test.select(columns)))
+
+
+def _rescored(campaign: Campaign, model: FittedModel, batches: Iterator[pa.RecordBatch]) -> tuple[Floats, float]:
+    z = np.concatenate([model.log_odds(model.contract.encode(batch)) for batch in batches])
+    shift = 0.0
+    if campaign.prior.adapt:
+        histogram = LogOddsHistogram()
+        histogram.add(z)
+        shift = histogram.shift(model.facts["calibration_rate"], campaign.prior.max_odds_ratio)
+    return expit(z + shift), shift
+
+
+def _described(
+    source: str, snapshot: date | None, probabilities: Floats, shift: float, sample: pa.Table
+) -> _Population:
+    ordered = np.sort(probabilities)
+    n = len(ordered)
+    if n > _POPULATION:  # every millionth: a percentile is then right to 1e-6
+        ordered = ordered[(np.arange(1, _POPULATION + 1) * n) // _POPULATION - 1]
+    return _Population(source, str(snapshot) if snapshot else "test", n, ordered, shift, sample)
+
+
+def _sample(file: Path, columns: list[str]) -> pa.Table:
+    """About 20,000 rows, evenly spaced, whatever the size of the file."""
+    source = pq.ParquetFile(file)
+    stride = max(1, source.metadata.num_rows // _SAMPLE_ROWS)
+    tables = []
+    for batch in source.iter_batches(columns=columns):
+        tables.append(pa.Table.from_batches([batch.take(pa.array(np.arange(0, batch.num_rows, stride)))]))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _thinned(table: pa.Table) -> pa.Table:
+    stride = max(1, table.num_rows // _SAMPLE_ROWS)
+    return table.take(pa.array(np.arange(0, table.num_rows, stride)))
