@@ -24,9 +24,11 @@ app = typer.Typer(
 )
 champion_app = typer.Typer(help="The model that serves: who it is, how it got there, and back.", no_args_is_help=True)
 app.add_typer(champion_app, name="champion")
+key_app = typer.Typer(help="API keys of the service. Without any, only this machine may call.", no_args_is_help=True)
+app.add_typer(key_app, name="key")
 
 DEFAULT_CAMPAIGN = "ecommerce_purchase"
-_CAMPAIGNS = "PROPENSITY_CAMPAIGNS"
+_CAMPAIGNS, _DEFAULT = "PROPENSITY_CAMPAIGNS", "PROPENSITY_DEFAULT_CAMPAIGN"
 
 CampaignArgument = Annotated[
     str, typer.Argument(metavar="CAMPAIGN", help="A campaign's name, or the path of its YAML file.")
@@ -124,6 +126,66 @@ def dev(
     os.execve(sys.executable, [*command, "-h", "127.0.0.1", "-p", str(port)], environment)
 
 
+@app.command()
+def serve(
+    campaign: Annotated[
+        str | None, typer.Argument(metavar="CAMPAIGN", help="Whose answers the plain paths give; the first, if absent.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the service.")] = 3000,
+    host: Annotated[str, typer.Option(help="Address; another than this machine's own needs API keys.")] = "127.0.0.1",
+) -> None:
+    """Answer over HTTP with the champions of the home folder; stop with Ctrl-C. Documentation is at /."""
+    from propensity_dagster.serving.publish.serve import serving_command
+
+    home = Home.from_environment().ensure()
+    default = _find(campaign).name if campaign else None
+    command = serving_command(home, default, host, port)
+    os.execve(sys.executable, command, {**_environment(None), **({_DEFAULT: default} if default else {})})
+
+
+@app.command()
+def rollout(
+    campaign: CampaignArgument,
+    mode: Annotated[str, typer.Option(help="off, shadow (score and log) or split (answer a share).")] = "shadow",
+    share: Annotated[float, typer.Option(help="Share of customers the challenger answers, in split.")] = 0.1,
+    version: Annotated[str | None, typer.Option(help="The challenger; the newest version, if absent.")] = None,
+) -> None:
+    """Serve a challenger beside the champion."""
+    from propensity_dagster.serving.publish.releases import MODES, set_rollout
+
+    if mode not in MODES:
+        raise ConfigError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
+    report = set_rollout(_find(campaign), Home.from_environment(), _store(), MODES[mode], share, version)
+    against = f", challenger version {report.challenger_version}" if report.challenger_version else ""
+    of = f" of {share:.1%}" if mode == "split" else ""
+    print(f"{campaign}: champion version {report.champion_version}{against}: {report.mode}{of}")
+
+
+@key_app.command("add")
+def key_add(name: Annotated[str, typer.Argument(help="Whom the key is for.")]) -> None:
+    """Make a key. It is printed once; the home folder keeps its hash."""
+    from propensity_dagster.serving.publish.keys import add_key
+
+    print(add_key(Home.from_environment().ensure().serving, name))
+
+
+@key_app.command("remove")
+def key_remove(name: Annotated[str, typer.Argument(help="Name of the key.")]) -> None:
+    """Make a key worthless, at once and without a restart."""
+    from propensity_dagster.serving.publish.keys import remove_key
+
+    remove_key(Home.from_environment().serving, name)
+
+
+@key_app.command("list")
+def key_list() -> None:
+    """Show the names of the keys and when they were made."""
+    from propensity_dagster.serving.settings import read_keys
+
+    for entry in read_keys(Home.from_environment().serving).entries:
+        print(f"{entry.name}  {entry.created}")
+
+
 @champion_app.command("show")
 def champion_show(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
     """Show the champion, and every registered version."""
@@ -163,7 +225,11 @@ def champion_rollback(
 ) -> None:
     """Make the champion before the present one the champion again."""
     chosen = _find(campaign)
-    event = _store().roll_back(chosen.name, to, why)
+    store = _store()
+    event = store.roll_back(chosen.name, to, why)
+    from propensity_dagster.serving.publish.releases import publish_release
+
+    publish_release(chosen, Home.from_environment(), store)
     print(f"{chosen.name}: version {event.version} is the champion again; before: version {event.previous}")
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import dagster as dg
 
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
-from propensity_dagster.components.common import daily, key
+from propensity_dagster.components.common import asset_job, daily
 from propensity_dagster.components.scoring import score_tables
+from propensity_dagster.components.serving import ONLINE_FEATURES, RELEASE
 from propensity_dagster.components.training import DIAGNOSIS, candidate_table
 from propensity_dagster.data.decisions import DECISIONS, modified_on
 from propensity_dagster.data.ingest import days_to_ingest
@@ -62,7 +63,8 @@ def _event_automation(campaign: EventCampaign) -> dg.Definitions:
     entities = campaign.source.entities.table
     ingested = [ACTIVITY, *(f"{stage}_{name}" for name in streams for stage in ("raw", "validated"))]
     ingested += [f"raw_{entities}", f"validated_{entities}"] if entities else [ENTITIES]
-    ingest = _job(campaign, ingest_job_name(campaign), ingested, "From the source to daily activity.", partitioned=True)
+    description = "From the source to daily activity."
+    ingest = asset_job(campaign, ingest_job_name(campaign), ingested, description, daily(campaign))
     train, score = _train_job(campaign, []), _score_job(campaign)
     return dg.Definitions(
         jobs=[ingest, train, score],
@@ -81,18 +83,6 @@ def _table_automation(campaign: TableCampaign) -> dg.Definitions:
     )
 
 
-def _job(campaign: Campaign, name: str, tables: list[str], description: str, *, partitioned: bool) -> Any:
-    return dg.define_asset_job(
-        name,
-        selection=dg.AssetSelection.assets(*(key(campaign, table) for table in tables)),
-        partitions_def=daily(campaign) if partitioned else None,
-        description=description,
-        # One process: each more costs seconds of imports. Override in the launchpad on a large server.
-        executor_def=dg.in_process_executor,
-        tags={"propensity/campaign": campaign.name},
-    )
-
-
 def _train_job(campaign: Campaign, before: list[str]) -> Any:
     tables = [
         *before,
@@ -103,12 +93,13 @@ def _train_job(campaign: Campaign, before: list[str]) -> Any:
         "champion",
     ]
     description = "Train every candidate, judge them, promote if earned."
-    return _job(campaign, train_job_name(campaign), tables, description, partitioned=False)
+    return asset_job(campaign, train_job_name(campaign), tables, description)
 
 
 def _score_job(campaign: Campaign) -> Any:
-    description = "Features and scores of a snapshot."
-    return _job(campaign, score_job_name(campaign), score_tables(campaign), description, partitioned=True)
+    description = "Features and scores of a snapshot, and what the service answers with."
+    tables = [*score_tables(campaign), ONLINE_FEATURES, RELEASE]
+    return asset_job(campaign, score_job_name(campaign), tables, description, daily(campaign))
 
 
 def _nightly_ingestion(campaign: EventCampaign, job: Any) -> dg.ScheduleDefinition:

@@ -10,6 +10,7 @@ from propensity_dagster.components.automation import campaign_automation
 from propensity_dagster.components.decisions import decision_assets
 from propensity_dagster.components.ingestion import ingestion_assets
 from propensity_dagster.components.scoring import scoring_assets
+from propensity_dagster.components.serving import serving_assets, serving_automation
 from propensity_dagster.components.training import model_assets, snapshot_assets
 from propensity_dagster.data.lake import require_folder
 
@@ -47,5 +48,7 @@ def campaign_definitions(campaign: Campaign) -> dg.Definitions:
     else:
         assert isinstance(campaign, TableCampaign)
         assets = decision_assets(campaign)
-    assets += [*model_assets(campaign), *scoring_assets(campaign)]
-    return dg.Definitions.merge(dg.Definitions(assets=assets), campaign_automation(campaign))
+    assets += [*model_assets(campaign), *scoring_assets(campaign), *serving_assets(campaign)]
+    return dg.Definitions.merge(
+        dg.Definitions(assets=assets), campaign_automation(campaign), serving_automation(campaign)
+    )

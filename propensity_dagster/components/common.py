@@ -35,6 +35,25 @@ def daily(campaign: Campaign) -> dg.DailyPartitionsDefinition:
     return dg.DailyPartitionsDefinition(start_date=str(calendar.first), end_date=str(end))
 
 
+def asset_job(
+    campaign: Campaign,
+    name: str,
+    tables: Sequence[str],
+    description: str,
+    partitions: dg.PartitionsDefinition | None = None,
+) -> Any:
+    """A job that materializes these tables of a campaign."""
+    return dg.define_asset_job(
+        name,
+        selection=dg.AssetSelection.assets(*(key(campaign, table) for table in tables)),
+        partitions_def=partitions,
+        description=description,
+        # One process: each more costs seconds of imports. Override in the launchpad on a large server.
+        executor_def=dg.in_process_executor,
+        tags={"propensity/campaign": campaign.name},
+    )
+
+
 def partition_days(context: dg.AssetExecutionContext) -> list[date]:
     """The days this run materializes: one, or every day of a range."""
     window = context.partition_key_range

@@ -47,6 +47,7 @@ from propensity_dagster.scoring.candidates import (
     read_evaluation,
 )
 from propensity_dagster.scoring.promotion import champion_model, promote_if_decided
+from propensity_dagster.serving.publish.releases import publish_release
 
 VALIDATED, FEATURES, MODELS, EVALUATION = "validated", "features", "models", "evaluation"
 DIAGNOSIS = "diagnosis"
@@ -303,11 +304,13 @@ def _champion(campaign: Campaign) -> dg.AssetsDefinition:
     @user_errors
     def champion(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
         decision = promote_if_decided(campaign, read_evaluation(campaign, runtime.home), runtime.home, runtime.store)
+        release = publish_release(campaign, runtime.home, runtime.store)
         return dg.MaterializeResult(
             metadata={
                 "decision": decision.sentence,
                 "champion_version": decision.champion_version or "none",
                 "challenger_version": decision.challenger_version,
+                "released": release.package if release else "none",
                 "criteria": records_table(decision.criteria),
             },
             check_results=[checked(asset, "promoted", decision.promoted, warn=True, decision=decision.sentence)],

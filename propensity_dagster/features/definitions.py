@@ -58,10 +58,10 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
         ConfigError: when `features.names` points at a feature that does not exist.
     """
     features = [
-        Feature("tenure_days", "days since the entity became known", "number", "", "", lambda x: x.tenure_days),
+        Feature("tenure_days", "days since first known", "number", "", "", lambda x: x.tenure_days),
         Feature(
             "tenure_months",
-            "months (30.4375 days) since the entity became known",
+            "months (of 30.4375 days) since first known",
             "number",
             "",
             "",
@@ -93,7 +93,9 @@ def _require_one_name_each(campaign: EventCampaign, known: set[str]) -> None:
         if target in names:
             raise ConfigError(f"{where}: {target!r} is already called {names[target]!r}")
         if alias == campaign.key or (alias in known and alias != target):
-            raise ConfigError(f"{where}: {alias!r} is the name of {'the key' if alias == campaign.key else 'a feature'}")
+            raise ConfigError(
+                f"{where}: {alias!r} is the name of {'the key' if alias == campaign.key else 'a feature'}"
+            )
         names[target] = alias
 
 

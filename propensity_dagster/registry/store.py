@@ -38,6 +38,10 @@ class ModelStore(Protocol):
         """Log a training run and register its challenger; an equal model keeps its version."""
         ...
 
+    def versions(self, campaign: str) -> list[Version]:
+        """Every registered version, oldest first."""
+        ...
+
     def champion(self, campaign: str) -> Version | None:
         """The champion, if there is one."""
         ...

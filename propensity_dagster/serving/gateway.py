@@ -130,12 +130,13 @@ class Gateway:
         await self._app(scope, receive, watched)
 
     def _start(self) -> None:
+        _show_log()
         _raise_file_limit()
         folder = run_folder()
         self._measures = Measures(folder, self._state)
         self._rates = RateLimit(folder / "rates")
         self._watcher.start()
-        predictions = predictions_folder(serving_folder())
+        predictions = predictions_folder()
         if predictions is None:
             logger.warning("PROPENSITY_HOME and PROPENSITY_PREDICTIONS are not set: answers are not logged")
         else:
@@ -309,9 +310,7 @@ class Gateway:
         if name is not None and state.releases:
             raise Problem(404, "unknown_campaign", f"there are {', '.join(sorted(state.releases))}")
         said = "the default campaign" if state.releases else "any campaign"
-        raise Problem(
-            503, "no_champion", f"there is no champion of {said} yet: train and promote one", headers=_RETRY
-        )
+        raise Problem(503, "no_champion", f"there is no champion of {said} yet: train and promote one", headers=_RETRY)
 
     async def _predict(self, request: Request) -> Answered:
         release = _released(request)
@@ -366,7 +365,18 @@ class _Preflight(Problem):
 class _Headers:
     """The headers that matter. Of one given twice the last counts, but of credentials none does."""
 
-    __slots__ = ("content_type", "encoding", "forwarded", "host", "key", "length", "origin", "preflight", "request_id", "slot")
+    __slots__ = (
+        "content_type",
+        "encoding",
+        "forwarded",
+        "host",
+        "key",
+        "length",
+        "origin",
+        "preflight",
+        "request_id",
+        "slot",
+    )
 
     def __init__(self, headers: Any) -> None:
         self.key = self.content_type = self.encoding = self.origin = self.host = b""
@@ -502,9 +512,19 @@ def _where(error: BaseException) -> str:
     return f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else "unknown"
 
 
+def _show_log() -> None:
+    own = logging.getLogger("propensity")
+    if not own.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s [%(levelname)s] [%(name)s] %(message)s", "%Y-%m-%dT%H:%M:%S%z")
+        )
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)
+        own.propagate = False
+
+
 def _raise_file_limit() -> None:
     """Each connection is a file; the usual limit of 1,024 is soft."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-

@@ -113,5 +113,3 @@ class Measures:
 
         self.update(0)
         multiprocess.mark_process_dead(os.getpid(), path=str(self._folder))
-
-

@@ -63,7 +63,7 @@ class SqliteStore:
     def __init__(self, file: Path) -> None:
         self._connection = sqlite3.connect(f"file:{file}?mode=ro&immutable=1", uri=True, check_same_thread=False)
         (content,) = self._connection.execute("SELECT content FROM facts").fetchone()
-        self._facts = msgspec.json.decode(content, type=Facts)
+        self.facts = msgspec.json.decode(content, type=Facts)
 
     async def find(self, keys: Sequence[str]) -> Found | None:
         """Some microseconds a key: too little for a thread of its own."""
@@ -71,7 +71,7 @@ class SqliteStore:
             rows = [self._row(key) for key in keys]
         except sqlite3.Error as error:
             raise OnlineUnavailable(type(error).__name__) from None
-        return Found(self._facts, rows)
+        return Found(self.facts, rows)
 
     def _row(self, key: str) -> Sequence[Any] | None:
         found = self._connection.execute("SELECT row FROM features WHERE key = ?", (key,)).fetchone()
@@ -160,7 +160,7 @@ def write_redis(url: str, campaign: str, facts: Facts, rows: Iterable[tuple[str,
 
 def sqlite_facts(file: Path) -> Facts | None:
     """What a file holds, if there is one."""
-    return SqliteStore(file)._facts if file.exists() else None
+    return SqliteStore(file).facts if file.exists() else None
 
 
 def redis_facts(url: str, campaign: str) -> Facts | None:

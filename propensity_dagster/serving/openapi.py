@@ -274,7 +274,11 @@ def _open(operation: str, summary: str, answer: Json) -> Json:
 
 
 def _answered(words: str, content: Json) -> Json:
-    return {"description": words, "headers": {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}}, "content": content}
+    return {
+        "description": words,
+        "headers": {"X-Request-ID": {"$ref": "#/components/headers/RequestId"}},
+        "content": content,
+    }
 
 
 def _problems(statuses: tuple[int, ...]) -> Json:

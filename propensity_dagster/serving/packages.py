@@ -217,4 +217,3 @@ def _population(file: Path) -> Sequence[float]:
     with file.open("rb") as handle:
         mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     return memoryview(mapped).cast("d")
-

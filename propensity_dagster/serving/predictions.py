@@ -114,9 +114,7 @@ async def predict_batch(
         answers.append(_answer(release, scored[-1]))
         if i % _ROWS_A_TURN == _ROWS_A_TURN - 1:
             await asyncio.sleep(0)
-    return Answered(
-        _encode({"predictions": answers, "request_id": request_id}), "predict_batch", release, scored
-    )
+    return Answered(_encode({"predictions": answers, "request_id": request_id}), "predict_batch", release, scored)
 
 
 async def predict_explained(release: Release, store: OnlineStore | None, body: bytes, request_id: str) -> Answered:
@@ -201,9 +199,7 @@ def _score(
         ]
     package, variant = release.choose(parsed.key)
     row, unseen = package.encode(release.own_values(package, values))
-    return Scored(
-        parsed, values, package, variant, row, unseen, package.probability(row), known, facts, request_id
-    )
+    return Scored(parsed, values, package, variant, row, unseen, package.probability(row), known, facts, request_id)
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from math import factorial
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,8 +99,7 @@ def load_model(folder: Path) -> Model:
         raise SavedModelError(f"{folder}: not a saved model: {error!r}") from None
     if not difference <= scorer.tolerance:
         raise SavedModelError(
-            f"{folder}: the golden rows score differently by {difference:.3g} in log-odds "
-            f"(allowed {scorer.tolerance})"
+            f"{folder}: the golden rows score differently by {difference:.3g} in log-odds (allowed {scorer.tolerance})"
         )
     return model
 
@@ -226,7 +225,7 @@ class _Codes:
     def of(self, row: Row) -> list[int]:
         """Codes of one row."""
         return [
-            size if (value := row[column]) != value else int(value)
+            size if math.isnan(value := row[column]) else int(value)
             for column, size in zip(self.columns, self.sizes, strict=True)
         ]
 
@@ -244,7 +243,7 @@ class _Linear:
         edges = np.cumsum([self._scaling.width, *(size + 1 for size in self._codes.sizes)])
         if edges[-1] != len(coefficients):
             raise ValueError(f"{len(coefficients)} coefficients for {edges[-1]} columns")
-        self._categories = [coefficients[a:b].tolist() for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        self._categories = [coefficients[a:b].tolist() for a, b in pairwise(edges)]
         self._intercept = float(state["intercept"])
 
     def log_odds(self, row: Row) -> float:
@@ -257,9 +256,7 @@ class _Linear:
     def contributions(self, row: Row, reference: Floats) -> tuple[float, Floats]:
         """Linear SHAP with independent features: coefficient times difference to the reference's mean."""
         mean = self._scaling.apply(reference).mean(axis=0)
-        shares = self._scaling.to_features(
-            (self._scaling.apply(np.array(row)) - mean) * self._numbers, self._width
-        )
+        shares = self._scaling.to_features((self._scaling.apply(np.array(row)) - mean) * self._numbers, self._width)
         base = self._intercept + float(mean @ self._numbers)
         own = self._codes.of(row)
         others = np.array([self._codes.of(other) for other in reference.tolist()]).reshape(len(reference), -1)
@@ -373,7 +370,7 @@ class _Cells:
     def _at(self, values: Row) -> float:
         cell = 0
         for cuts, value in zip(self._edges, values, strict=True):
-            cell = cell * (len(cuts) + 2) + (len(cuts) + 1 if value != value else bisect_right(cuts, value))
+            cell = cell * (len(cuts) + 2) + (len(cuts) + 1 if math.isnan(value) else bisect_right(cuts, value))
         return self._values[cell]
 
 

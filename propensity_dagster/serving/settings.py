@@ -118,23 +118,30 @@ def keys_file(folder: Path) -> Path:
 
 
 def serving_folder() -> Path:
-    """PROPENSITY_SERVING, else PROPENSITY_HOME/serving, else what was built into the bento, else ./.propensity."""
+    """PROPENSITY_SERVING, else PROPENSITY_HOME/serving, else what a bento brings along, else ./.propensity/serving."""
     stated = os.environ.get("PROPENSITY_SERVING")
     if stated:
         return Path(stated).resolve()
     home = os.environ.get("PROPENSITY_HOME")
     if home:
         return Path(home).resolve() / "serving"
-    built = Path(__file__).parents[2] / "released"
-    return built if built.is_dir() else Path(".propensity/serving").resolve()
+    return (_SOURCE if _in_bento() else Path.cwd()) / ".propensity" / "serving"
 
 
-def predictions_folder(serving: Path) -> Path | None:
-    """PROPENSITY_PREDICTIONS, else beside the serving folder of a home; a bento alone has no place for a log."""
+def predictions_folder() -> Path | None:
+    """PROPENSITY_PREDICTIONS, else beside the serving folder of a home; None in a bento without either."""
     stated = os.environ.get("PROPENSITY_PREDICTIONS")
     if stated:
         return Path(stated).resolve()
-    return serving.parent / "predictions" if serving.name == "serving" else None
+    serving = serving_folder()
+    return None if serving.is_relative_to(_SOURCE) and _in_bento() else serving.parent / "predictions"
+
+
+_SOURCE = Path(__file__).parents[2]
+
+
+def _in_bento() -> bool:
+    return (_SOURCE.parent / "bento.yaml").exists()
 
 
 def _expanded(file: Path, text: str) -> str:

@@ -55,7 +55,9 @@ class Watcher:
         """Load what is there, then watch."""
         self.look()
         if not self.state.releases:
-            logger.warning("%s: nothing has been released yet; the service answers 503 until a campaign is", self._folder)
+            logger.warning(
+                "%s: nothing has been released yet; the service answers 503 until a campaign is", self._folder
+            )
         self._thread.start()
 
     def stop(self) -> None:

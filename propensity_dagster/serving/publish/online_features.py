@@ -57,9 +57,7 @@ def _to_sqlite(file: Path, facts: Facts, rows: Iterator[tuple[str, Sequence[Any]
     return OnlineReport(file.name, facts.snapshot, written)
 
 
-def _to_redis(
-    url: str, campaign: Campaign, facts: Facts, rows: Iterator[tuple[str, Sequence[Any]]]
-) -> OnlineReport:
+def _to_redis(url: str, campaign: Campaign, facts: Facts, rows: Iterator[tuple[str, Sequence[Any]]]) -> OnlineReport:
     try:
         import redis.exceptions
     except ImportError:

@@ -21,6 +21,7 @@ from propensity_dagster.serving.publish.packages import build_package
 _KEPT_PACKAGES = 10
 
 Mode = Literal["off", "shadow", "split"]
+MODES: dict[str, Mode] = {"off": "off", "shadow": "shadow", "split": "split"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,7 @@ def publish_release(campaign: Campaign, home: Home, store: ModelStore) -> Releas
         release = _with_champion(before or ReleaseFile(name), name)
         if release.challenger is not None:
             challenger = _version(campaign, store, version_of(release.challenger))
-            release = msgspec.structs.replace(
-                release, challenger=build_package(campaign, challenger, home, store)
-            )
+            release = msgspec.structs.replace(release, challenger=build_package(campaign, challenger, home, store))
         return _write(campaign, home, release)
 
 
@@ -89,7 +88,15 @@ def set_rollout(
         name = build_package(campaign, challenger, home, store)
         # The salt belongs to the challenger: a new share moves only those whom it must.
         salt = f"{campaign.name}:{challenger.version}:"
-        return _write(campaign, home, ReleaseFile(release.champion, name, mode, share if mode == "split" else 0.0, salt))
+        return _write(
+            campaign, home, ReleaseFile(release.champion, name, mode, share if mode == "split" else 0.0, salt)
+        )
+
+
+def champion_version(campaign: str, home: Home) -> str | None:
+    """The version that is served; None when none is."""
+    folder = home.serving / campaign
+    return version_of(read_release_file(folder).champion) if (folder / RELEASE).exists() else None
 
 
 def version_of(package: str) -> str:
