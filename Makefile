@@ -4,11 +4,15 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 CAMPAIGN ?= ecommerce_purchase
 PORT ?= 3001
+SERVING_PORT ?= 3000
 
-.PHONY: demo test dev benchmark benchmark-real clean
+.PHONY: demo serve test dev benchmark benchmark-real benchmark-serving clean
 
 demo: $(STAMP)
 	@$(VENV)/bin/propensity demo $(CAMPAIGN)
+
+serve: $(STAMP)
+	@$(VENV)/bin/propensity serve --port $(SERVING_PORT)
 
 dev: $(STAMP)
 	@$(VENV)/bin/propensity dev --port $(PORT)
@@ -24,6 +28,9 @@ benchmark: $(STAMP)
 
 benchmark-real: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.real
+
+benchmark-serving: $(STAMP)
+	$(VENV)/bin/python -m benchmarks.serving
 
 clean:
 	rm -rf $(VENV) .propensity .pytest_cache .ruff_cache .hypothesis *.egg-info

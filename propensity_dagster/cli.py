@@ -129,16 +129,16 @@ def dev(
 @app.command()
 def serve(
     campaign: Annotated[
-        str | None, typer.Argument(metavar="CAMPAIGN", help="Whose answers the plain paths give; the first, if absent.")
+        str | None, typer.Argument(metavar="CAMPAIGN", help="Whose answers the plain paths give, if not the default's.")
     ] = None,
     port: Annotated[int, typer.Option(help="Port of the service.")] = 3000,
     host: Annotated[str, typer.Option(help="Address; another than this machine's own needs API keys.")] = "127.0.0.1",
 ) -> None:
     """Answer over HTTP with the champions of the home folder; stop with Ctrl-C. Documentation is at /."""
-    from propensity_dagster.serving.publish.serve import serving_command
+    from propensity_dagster.serving.publish.serve import preferred_campaign, serving_command
 
     home = Home.from_environment().ensure()
-    default = _find(campaign).name if campaign else None
+    default = _find(campaign).name if campaign else preferred_campaign(home, DEFAULT_CAMPAIGN)
     command = serving_command(home, default, host, port)
     os.execve(sys.executable, command, {**_environment(None), **({_DEFAULT: default} if default else {})})
 

@@ -1,6 +1,8 @@
 """Fixtures: small campaigns on real files, and one campaign run through Dagster for everybody."""
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -157,3 +159,51 @@ def materialized(tmp_path_factory: pytest.TempPathFactory) -> Materialized:
 def newest_snapshot(materialized: Materialized) -> date:
     """The snapshot that was scored."""
     return materialized.home.lake("small").partitions("scores", "snapshot")[-1]
+
+
+KINDS = ("baseline", "logistic_regression", "lightgbm", "neural_network", "ensemble")
+
+
+@dataclass
+class Registered:
+    """A home in which each kind of model is a registered version; `versions` says which."""
+
+    campaign: Campaign
+    home: Home
+    file: Path
+    versions: dict[str, str]
+
+    @property
+    def store(self):
+        from propensity_dagster.registry.mlflow_store import MlflowStore
+
+        return MlflowStore(self.home)
+
+
+@pytest.fixture(scope="session")
+def all_registered(materialized: Materialized, tmp_path_factory: pytest.TempPathFactory) -> Registered:
+    """A copy of the materialized home with a version of every kind. Copy it before you change it."""
+    from propensity_dagster.registry.mlflow_store import MlflowStore
+    from propensity_dagster.scoring.candidates import read_evaluation
+
+    root = tmp_path_factory.mktemp("registered")
+    shutil.copytree(materialized.home.root, root / "home")
+    # The registry knows where its artifacts are by absolute paths: those of the original, which stays.
+    home, campaign = Home(root / "home"), materialized.campaign
+    store, record = MlflowStore(home), read_evaluation(materialized.campaign, home)
+    reports = root / "reports"
+    reports.mkdir()
+    for kind in KINDS:
+        segments = {kind: record["segments"][record["challenger"]]}
+        judged = {**record, "challenger": kind, "segments": segments}
+        (reports / "evaluation.json").write_text(json.dumps(judged))
+        store.record_training(campaign.name, home.candidates(campaign.name) / kind, judged, reports, {})
+    versions = {version.model: version.version for version in store.versions(campaign.name)}
+    return Registered(campaign, home, materialized.file, versions)
+
+
+@pytest.fixture
+def registered(all_registered: Registered, tmp_path: Path) -> Registered:
+    """The same, for one test to change."""
+    shutil.copytree(all_registered.home.root, tmp_path / "home")
+    return Registered(all_registered.campaign, Home(tmp_path / "home"), all_registered.file, all_registered.versions)

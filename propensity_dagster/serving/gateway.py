@@ -1,7 +1,7 @@
 """HTTP around the answers, outside BentoML's own middleware: routes, keys, limits, errors, metrics.
 
 BentoML's stack costs several times a prediction (timers, tracing, access log, validation that repeats what was sent),
-so that only its documentation page is reached through it. Values of a request are in no log and no error.
+so that only the files of its Swagger UI are reached through it: its own page would tell Google who looks at it. Values of a request are in no log and no error.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from propensity_dagster.serving.limits import RateLimit
 from propensity_dagster.serving.measures import Measures, run_folder
 from propensity_dagster.serving.model_info import campaigns_body, model_body
-from propensity_dagster.serving.openapi import document
+from propensity_dagster.serving.openapi import PAGE, document
 from propensity_dagster.serving.packages import Release
 from propensity_dagster.serving.prediction_log import PredictionLog
 from propensity_dagster.serving.predictions import Answered, log_answers, predict, predict_batch, predict_explained
@@ -40,7 +40,10 @@ Header = tuple[bytes, bytes]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 _JSON = (b"content-type", b"application/json")
-_TEXT = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+_TYPES = {
+    "_metrics": (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),
+    "_page": (b"content-type", b"text/html; charset=utf-8"),
+}
 _CLOSE = (b"connection", b"close")
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip")
@@ -83,9 +86,14 @@ _ROUTES = {
     "/metrics": Route("metrics", "GET", "_metrics", campaign=False),
     "/livez": Route("livez", "GET", "_alive", campaign=False, open=True),
     "/readyz": Route("readyz", "GET", "_ready", campaign=False, open=True),
+    "/": Route("docs", "GET", "_page", campaign=False, open=True),
     "/docs.json": Route("docs", "GET", "_docs", campaign=False, open=True),
 }
-_DOCS = Route("docs", "GET", "", campaign=False, open=True)
+_STATIC = Route("docs", "GET", "", campaign=False, open=True)
+_STATIC_FILES = frozenset(
+    f"/static_content/{name}"
+    for name in ("swagger-ui.css", "swagger-ui-bundle.js", "swagger-ui-standalone-preset.js", "swagger-initializer.js")
+)
 
 
 @dataclass(slots=True)
@@ -181,7 +189,7 @@ class Gateway:
         try:
             route, name = _find_route(scope)
             self._admit(scope, headers, route)
-            if route is _DOCS:
+            if route is _STATIC:
                 await self._app(scope, receive, send)
                 return
             in_hand = self._take(number)
@@ -299,7 +307,7 @@ class Gateway:
         slot = headers.slot
         request = Request(request_id, release, body, lambda cost: self._charge(slot, cost))
         answered = await getattr(self, route.handler)(request)
-        return answered, _TEXT if route.name == "metrics" else _JSON
+        return answered, _TYPES.get(route.handler, _JSON)
 
     def _release(self, name: str | None) -> Release:
         state = self._state
@@ -341,6 +349,9 @@ class Gateway:
     async def _ready(self, request: Request) -> Answered:
         self._release(None)
         return Answered(b'{"status":"ready"}')
+
+    async def _page(self, request: Request) -> Answered:
+        return Answered(PAGE)
 
     async def _docs(self, request: Request) -> Answered:
         releases = self._state.releases
@@ -413,8 +424,8 @@ def _find_route(scope: Scope) -> tuple[Route, str | None]:
     route = _ROUTES.get(path)
     if route is not None:
         return route, None
-    if path == "/" or path.startswith("/static_content/"):
-        return _DOCS, None
+    if path in _STATIC_FILES:
+        return _STATIC, None
     parts = path.split("/")
     if len(parts) == 4 and parts[1] == "campaigns" and parts[3] in _CAMPAIGN_ROUTES:
         return _CAMPAIGN_ROUTES[parts[3]], parts[2]

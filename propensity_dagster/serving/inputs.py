@@ -237,12 +237,9 @@ def _struct(key: str | None, fields: Sequence[Input], attributes: Sequence[str])
         stated.append(("key", Annotated[str, msgspec.Meta(pattern=_TEXT_WHOLE)]))
         renamed["key"] = key
     for attribute, field in zip(attributes, fields, strict=True):
-        meta = (
-            msgspec.Meta(max_length=MAX_TEXT)
-            if field.kind == "category"
-            else msgspec.Meta(ge=field.minimum, le=field.maximum)
-        )
-        kind: Any = Annotated[str if field.kind == "category" else float, meta]
+        text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+        number = Annotated[float, msgspec.Meta(ge=field.minimum, le=field.maximum)]
+        kind: Any = text if field.kind == "category" else number
         stated.append((attribute, kind | None | msgspec.UnsetType, UNSET))
         renamed[attribute] = field.name
     return msgspec.defstruct("Row", stated, rename=renamed, forbid_unknown_fields=True, gc=False)

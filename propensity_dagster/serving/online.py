@@ -41,7 +41,7 @@ class Found:
     rows: Sequence[Sequence[Any] | None]
 
 
-class OnlineUnavailable(Exception):
+class OnlineUnavailableError(Exception):
     """The store did not answer."""
 
 
@@ -52,7 +52,7 @@ class OnlineStore(Protocol):
         """Their rows; None when nothing has been published.
 
         Raises:
-            OnlineUnavailable: when the store does not answer.
+            OnlineUnavailableError: when the store does not answer.
         """
         ...
 
@@ -70,7 +70,7 @@ class SqliteStore:
         try:
             rows = [self._row(key) for key in keys]
         except sqlite3.Error as error:
-            raise OnlineUnavailable(type(error).__name__) from None
+            raise OnlineUnavailableError(type(error).__name__) from None
         return Found(self.facts, rows)
 
     def _row(self, key: str) -> Sequence[Any] | None:
@@ -98,8 +98,8 @@ class RedisStore:
             if facts is None:
                 return None
             rows = await self._client.hmget(_hash(self._campaign, facts.generation), list(keys))
-        except (redis.exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
-            raise OnlineUnavailable(type(error).__name__) from None
+        except (TimeoutError, redis.exceptions.RedisError, OSError) as error:
+            raise OnlineUnavailableError(type(error).__name__) from None
         return Found(facts, [_decode(row) if row is not None else None for row in rows])
 
     async def _newest(self) -> Facts | None:

@@ -10,6 +10,26 @@ from propensity_dagster.serving.watch import State
 
 Json = dict[str, Any]
 
+PAGE = b"""<!DOCTYPE html>
+<html lang="en">
+  <head>
+    <meta charset="UTF-8">
+    <meta name="viewport" content="width=device-width, initial-scale=1">
+    <meta http-equiv="Content-Security-Policy"
+          content="default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'">
+    <title>Propensity</title>
+    <link rel="icon" href="data:,">
+    <link rel="stylesheet" href="./static_content/swagger-ui.css">
+  </head>
+  <body>
+    <div id="swagger-ui"></div>
+    <script src="./static_content/swagger-ui-bundle.js"></script>
+    <script src="./static_content/swagger-ui-standalone-preset.js"></script>
+    <script src="./static_content/swagger-initializer.js"></script>
+  </body>
+</html>
+"""
+
 _ERRORS = {
     400: "the connection ended before the body did",
     401: "an API key is needed, or is not known",

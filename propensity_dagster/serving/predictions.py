@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from propensity_dagster.serving.explanations import explain
 from propensity_dagster.serving.inputs import Parsed
-from propensity_dagster.serving.online import Facts, Found, OnlineStore, OnlineUnavailable
+from propensity_dagster.serving.online import Facts, Found, OnlineStore, OnlineUnavailableError
 from propensity_dagster.serving.packages import Package, Release
 from propensity_dagster.serving.prediction_log import PredictionLog, Record
 from propensity_dagster.serving.problems import Problem
@@ -178,7 +178,7 @@ async def _find(store: OnlineStore | None, keys: list[str]) -> Found | None:
         return None
     try:
         return await store.find(keys)
-    except OnlineUnavailable:
+    except OnlineUnavailableError:
         message = "the online store does not answer, and the body lacks features; send all of them, or try again"
         raise Problem(503, "online_store_unavailable", message, headers=((b"retry-after", b"1"),)) from None
 

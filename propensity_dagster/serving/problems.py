@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 
-class Problem(Exception):
+class Problem(Exception):  # noqa: N818 an answer, as in RFC 9457
     """An answer that is no success. `fields` name what is wrong in a body; headers go with the answer."""
 
     def __init__(

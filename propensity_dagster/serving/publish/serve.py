@@ -13,6 +13,12 @@ from propensity_dagster.serving.settings import read_keys, read_settings
 logger = logging.getLogger(__name__)
 
 
+def preferred_campaign(home: Home, preferred: str) -> str | None:
+    """`preferred` if it is served and the settings name no default; they would not be looked at any more."""
+    stated = read_settings(home.serving).default_campaign
+    return preferred if stated is None and (home.serving / preferred / RELEASE).exists() else None
+
+
 def serving_command(home: Home, default_campaign: str | None, host: str, port: int) -> list[str]:
     """The command of the service.
 

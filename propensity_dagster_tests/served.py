@@ -1,0 +1,115 @@
+"""The real service, started as a user would and stopped with every child."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Service:
+    """`propensity serve` on a home, or another command that starts the same service."""
+
+    home: Path
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] | None = None
+    cwd: Path | None = None
+
+    def __enter__(self) -> "Service":
+        self.port = free_port()
+        self.log = self.home.parent / f"service-{self.port}.log"
+        plain = [sys.executable, "-m", "propensity_dagster.cli", "serve", *self.arguments]
+        command = [*(self.command or plain), "--port", str(self.port)]
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PROPENSITY_")}
+        environment = {**inherited, "PROPENSITY_HOME": str(self.home), "PROPENSITY_WORKERS": "2", **self.environment}
+        started = time.monotonic()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, cwd=self.cwd, stdout=log, stderr=log, start_new_session=True
+            )
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        while self.process.poll() is None and time.monotonic() - started < 60:
+            with contextlib.suppress(httpx.HTTPError):
+                if self.client.get("/livez").status_code == 200:
+                    self.seconds_to_ready = time.monotonic() - started
+                    return self
+            time.sleep(0.05)
+        self.kill()
+        raise AssertionError(f"the service did not start:\n{self.text()}")
+
+    def __exit__(self, *error: object) -> None:
+        self.client.close()
+        self.stop()
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """A normal stop; every process of it must be gone."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise AssertionError(f"the service did not stop:\n{self.text()}") from None
+        deadline = time.monotonic() + 10
+        while self.members() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        left = self.members()
+        self.kill()
+        assert not left, f"processes that outlived the service: {left}"
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def members(self) -> list[int]:
+        """Processes of the service's session."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                    found.append(int(stat.parent.name))
+        return found
+
+    def workers(self) -> list[int]:
+        """Its worker processes."""
+        return [pid for pid in self.members() if "worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    def text(self) -> str:
+        """What it wrote to its log."""
+        return self.log.read_text()
+
+    def post(self, path: str, content: Any, **options: Any) -> httpx.Response:
+        return self.client.post(path, json=content, **options)
+
+    def ok(self, path: str, content: Any, **options: Any) -> Any:
+        answer = self.post(path, content, **options)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+def wait_until(condition: Any, seconds: float = 10.0) -> Any:
+    """The condition's first true value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in time")
