@@ -41,6 +41,7 @@ from propensity_dagster.registry.store import Version
 from propensity_dagster.serving.publish.keys import add_key
 from propensity_dagster.serving.publish.packages import build_package
 
+PAGE, TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 TREES, LEAVES, ROWS, CONNECTIONS, WORKERS = 300, 31, 50_000, 16, 2
 CAMPAIGN = """
 name: benchmark
@@ -50,21 +51,24 @@ models: [baseline, lightgbm]
 """
 SETTINGS = "requests_per_second: 1000000\nburst: 1000000\n"
 
-FASTAPI = '''
+FASTAPI = r"""
 import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json, math
 from pathlib import Path
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, create_model
+from typing import Annotated
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from propensity_dagster.serving.scorers import _Trees
 
 folder = Path(os.environ["BENCHMARK_MODEL"])
 contract = json.loads((folder / "model.json").read_text())["contract"]
 trees = _Trees(folder, {}, len(contract))
 codes = [{c: float(i) for i, c in enumerate(f["categories"])} for f in contract]
-fields = {f["name"]: (str | None if f["kind"] == "category" else float | None, None) for f in contract}
-Body = create_model("Body", __config__=ConfigDict(extra="forbid"), customer_id=(str, ...), **fields)
+text, number = Annotated[str, Field(max_length=256)], Annotated[float, Field(ge=-1e15, le=1e15)]
+fields = {f["name"]: ((text if f["categories"] else number) | None, None) for f in contract}
+key = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,256}$")]
+Body = create_model("Body", __config__=ConfigDict(extra="forbid"), customer_id=(key, ...), **fields)
 names = [f["name"] for f in contract]
 app = FastAPI()
 
@@ -81,12 +85,13 @@ async def predict(body: Body) -> Answer:
         row.append(math.nan if value is None else known.get(value, math.nan) if known else value)
     p = 1 / (1 + math.exp(-trees.log_odds(row)))
     return Answer(customer_id=body.customer_id, probability=p, model_version="1")
-'''
-CEILING = '''
+"""
+CEILING = r"""
 import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import json, math, operator
 from pathlib import Path
+from typing import Annotated
 import msgspec
 from propensity_dagster.serving.scorers import _Trees
 
@@ -94,8 +99,10 @@ folder = Path(os.environ["BENCHMARK_MODEL"])
 contract = json.loads((folder / "model.json").read_text())["contract"]
 trees = _Trees(folder, {}, len(contract))
 codes = [(i, {c: float(k) for k, c in enumerate(f["categories"])}) for i, f in enumerate(contract) if f["categories"]]
-fields = [(f["name"], (str if f["categories"] else float) | None, None) for f in contract]
-Body = msgspec.defstruct("Body", [("customer_id", str), *fields], forbid_unknown_fields=True, gc=False)
+text, number = Annotated[str, msgspec.Meta(max_length=256)], Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]
+fields = [(f["name"], (text if f["categories"] else number) | None, None) for f in contract]
+key = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,256}$")]
+Body = msgspec.defstruct("Body", [("customer_id", key), *fields], forbid_unknown_fields=True, gc=False)
 Answer = msgspec.defstruct("Answer", [("customer_id", str), ("probability", float), ("model_version", str)], gc=False)
 decode, encode = msgspec.json.Decoder(Body).decode, msgspec.json.Encoder().encode
 values = operator.attrgetter(*(f["name"] for f in contract))
@@ -123,7 +130,7 @@ async def app(scope, receive, send):
     head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(out))]
     await send({"type": "http.response.start", "status": 200, "headers": head})
     await send({"type": "http.response.body", "body": out})
-'''
+"""
 LUA = """
 wrk.method = "POST"
 wrk.body = [==[{body}]==]
@@ -142,6 +149,7 @@ class Server:
     body: str
     environment: dict[str, str]
     rates: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     p50: list[float] = field(default_factory=list)
     ready_seconds: float = 0.0
@@ -179,30 +187,45 @@ class Server:
         script = scratch / "wrk.lua"
         script.write_text(LUA.replace("{body}", self.body).replace("{key}", key))
         command = ["wrk", "-t2", f"-c{CONNECTIONS}", f"-d{seconds:g}s", "--latency", "-s", str(script), self.url]
+        before = sum(cpu for _, cpu in self.workers().values())
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        if "Non-2xx" in shown or "Socket errors" in shown and self.name == "propensity":
+        spent = sum(cpu for _, cpu in self.workers().values()) - before
+        if "Non-2xx" in shown or ("Socket errors" in shown and self.name == "propensity"):
             raise SystemExit(f"{self.name}: {shown}")
         self.rates.append(float(re.search(r"Requests/sec:\s+([\d.]+)", shown).group(1)))
+        self.cpu.append(spent / float(re.search(r"(\d+) requests in", shown).group(1)) * 1e6)
         self.p50.append(milliseconds(re.search(r"(?m)^ +50% +(\S+)$", shown).group(1)))
         self.p99.append(milliseconds(re.search(r"(?m)^ +99% +(\S+)$", shown).group(1)))
 
+    def workers(self) -> dict[int, tuple[float, float]]:
+        """Memory (MiB) and CPU seconds so far of each process below the one that was started."""
+        parents: dict[int, int] = {}
+        found: dict[int, tuple[float, float]] = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                fields = (place / "stat").read_text().rpartition(")")[2].split()
+                pid = int(place.name)
+                parents[pid] = int(fields[1])
+                found[pid] = (int(fields[21]) * PAGE / 2**20, (int(fields[11]) + int(fields[12])) / TICKS)
+
+        def is_below(pid: int) -> bool:
+            while pid in parents:
+                pid = parents[pid]
+                if pid == self.process.pid:
+                    return True
+            return False
+
+        return {pid: values for pid, values in found.items() if is_below(pid)}
+
     def worker_megabytes(self) -> float:
-        """Resident memory of the largest process of its session but the parent."""
-        sizes = []
-        for status in Path("/proc").glob("[0-9]*/status"):
-            with contextlib.suppress(OSError, IndexError):
-                pid = int(status.parent.name)
-                if os.getsid(pid) == self.process.pid and pid != self.process.pid:
-                    sizes.append(int(re.search(r"VmRSS:\s+(\d+)", status.read_text()).group(1)) / 1024)
-        return max(sizes, default=0.0)
+        """Resident memory of the largest worker."""
+        return max((megabytes for megabytes, _ in self.workers().values()), default=0.0)
 
     def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            pass
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -265,9 +288,7 @@ def prepare(root: Path) -> tuple[Home, Path, dict]:
     table = pa.table(columns)
     publish_table(table, home.lake("benchmark").partition("features", "snapshot", date(2025, 1, 1)))
     campaign = load_campaign(file)
-    packages = [
-        build_package(campaign, Version(v, "lightgbm", "", "", ()), home, OneModel(folder)) for v in ("1", "2")
-    ]
+    packages = [build_package(campaign, Version(v, "lightgbm", "", "", ()), home, OneModel(folder)) for v in ("1", "2")]
     serving = home.serving / "benchmark"
     (serving / "release.json").write_text(json.dumps({"champion": packages[0]}))
     (home.serving / "settings.yaml").write_text(SETTINGS)
@@ -280,26 +301,34 @@ def prepare(root: Path) -> tuple[Home, Path, dict]:
 def contestants(root: Path, home: Home, model: Path, row: dict) -> list[Server]:
     for name, text in (("plain_fastapi", FASTAPI), ("ceiling", CEILING)):
         (root / f"{name}.py").write_text(text)
-    import lightgbm
     import mlflow
 
-    booster = lightgbm.Booster(model_file=str(model / "trees.txt"))
-    mlflow.lightgbm.save_model(booster, root / "mlflow_model", pip_requirements=[])
-    contract = json.loads((model / "model.json").read_text())["contract"]
-    coded = {
-        f["name"]: float(f["categories"].index(row[f["name"]])) if f["categories"] else row[f["name"]] for f in contract
-    }
+    import propensity_dagster.registry.pyfunc_model as pyfunc
+
+    mlflow.pyfunc.save_model(
+        root / "mlflow_model", python_model=pyfunc.__file__, artifacts={"saved_model": str(model)}, pip_requirements=[]
+    )
+    features = {name: value for name, value in row.items() if name != "customer_id"}
     python, body = sys.executable, json.dumps(row)
     quiet = {"PYTHONPATH": f"{root}:{Path.cwd()}", "BENCHMARK_MODEL": str(model), "OMP_NUM_THREADS": "1"}
-    uvicorn = ["--host", "127.0.0.1", "--port", "{port}", "--workers", str(WORKERS), "--log-level", "critical"]
+    uvicorn = ["--host", "127.0.0.1", "--port", "{port}", "--workers", str(WORKERS)]
+    uvicorn += ["--log-level", "critical", "--no-access-log"]
+    slow = ["--loop", "asyncio", "--http", "h11"]  # what `pip install uvicorn fastapi` gives
     ours = {"PROPENSITY_HOME": str(home.root), "PROPENSITY_WORKERS": str(WORKERS)}
     service = [python, "-m", "bentoml", "serve", "propensity_dagster.serving.service:Propensity"]
     mlflow_serve = ["models", "serve", "-m", str(root / "mlflow_model"), "--env-manager", "local", "--workers"]
     return [
         Server("propensity", [*service, "--host", "127.0.0.1", "--port", "{port}"], "/predict", body, ours),
         Server(
-            "uvicorn + FastAPI, C API",
-            [python, "-m", "uvicorn", "plain_fastapi:app", *uvicorn, "--no-access-log"],
+            "plain uvicorn + FastAPI, C API",
+            [python, "-m", "uvicorn", "plain_fastapi:app", *uvicorn, *slow],
+            "/predict",
+            body,
+            quiet,
+        ),
+        Server(
+            "the same with uvloop and httptools",
+            [python, "-m", "uvicorn", "plain_fastapi:app", *uvicorn],
             "/predict",
             body,
             quiet,
@@ -308,12 +337,16 @@ def contestants(root: Path, home: Home, model: Path, row: dict) -> list[Server]:
             "mlflow models serve",
             [python, "-m", "mlflow", *mlflow_serve, str(WORKERS), "--host", "127.0.0.1", "--port", "{port}"],
             "/invocations",
-            json.dumps({"dataframe_split": {"columns": list(coded), "data": [list(coded.values())]}}),
-            quiet | {"MLFLOW_DISABLE_TELEMETRY": "true", "PATH": f"{Path(python).parent}:{os.environ['PATH']}"},
+            json.dumps({"dataframe_split": {"columns": list(features), "data": [list(features.values())]}}),
+            {
+                "PYTHONPATH": str(Path.cwd()),
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
+            },
         ),
         Server(
             "raw ASGI + msgspec (ceiling)",
-            [python, "-m", "uvicorn", "ceiling:app", *uvicorn, "--no-access-log"],
+            [python, "-m", "uvicorn", "ceiling:app", *uvicorn],
             "/predict",
             body,
             quiet,
@@ -423,9 +456,8 @@ def main() -> None:
                 server.start(key)
             for server in servers:
                 server.load(1, key, root)  # warm
-                server.rates.clear()
-                server.p50.clear()
-                server.p99.clear()
+                for measured in (server.rates, server.cpu, server.p50, server.p99):
+                    measured.clear()
             for _ in range(stated.rounds):
                 for server in servers:
                     server.load(stated.seconds, key, root)
@@ -447,16 +479,17 @@ def main() -> None:
 def print_table(servers: list[Server], rounds: int, seconds: float) -> None:
     ours = servers[0]
     print(
-        f"{date.today()}, {os.cpu_count()} cores shared with the load generator, {platform.machine()}; LightGBM, {TREES} "
-        f"trees x {LEAVES} leaves, 40 features in the body; {WORKERS} workers, {CONNECTIONS} connections, "
+        f"{date.today()}, {os.cpu_count()} cores shared with the load generator, {platform.machine()}; LightGBM, "
+        f"{TREES} trees x {LEAVES} leaves, 40 features in the body; {WORKERS} workers, {CONNECTIONS} connections, "
         f"{rounds} rounds of {seconds:g} s, alternating; medians\n"
     )
-    print("| server | requests/s | ours over it | p50 ms | p99 ms | MiB a worker | ready after s |")
-    print("|---|---|---|---|---|---|---|")
+    print("| server | requests/s | ours over it | CPU us a request | p50 ms | p99 ms | MiB a worker | ready after s |")
+    print("|---|---|---|---|---|---|---|---|")
     for server in servers:
         ratio = median(a / b for a, b in zip(ours.rates, server.rates, strict=True))
         print(
-            f"| {server.name} | {median(server.rates):,.0f} | {ratio:.2f} | {median(server.p50):.1f} | "
+            f"| {server.name} | {median(server.rates):,.0f} | {ratio:.2f} | {median(server.cpu):.0f} | "
+            f"{median(server.p50):.1f} | "
             f"{median(server.p99):.1f} | {server.worker_megabytes():.0f} | {server.ready_seconds:.2f} |"
         )
 

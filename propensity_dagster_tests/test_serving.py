@@ -45,7 +45,9 @@ def newest(home: Home) -> date:
 def features_of(home: Home) -> list[dict]:
     """Feature rows of the scored snapshot, by the names the outside knows."""
     table = pq.read_table(home.lake("small").partition("features", "snapshot", newest(home)))
-    return [{("total_purchases" if k == "orders_count_all" else k): v for k, v in row.items()} for row in table.to_pylist()]
+    return [
+        {("total_purchases" if k == "orders_count_all" else k): v for k, v in row.items()} for row in table.to_pylist()
+    ]
 
 
 def scores_of(home: Home) -> dict[str, dict]:
@@ -194,7 +196,8 @@ def test_metrics_count_with_few_labels(service):
         service.client.post(f"/campaigns/junk{i}/predict", json={})
     service.ok("/predict", {"customer_id": "1"})
     text = service.client.get("/metrics").text
-    assert 'propensity_request_seconds_count{campaign="",endpoint="predict",status="200"}' in text
+    assert 'propensity_requests_total{campaign="",endpoint="predict",status="200"}' in text
+    assert 'propensity_requests_within_total{campaign="",endpoint="predict",le="+Inf"}' in text
     assert "junk" not in text
     assert "propensity_predictions_dropped 0.0" in text
     assert text.count("\n") < 400

@@ -58,7 +58,7 @@ def test_contributions_add_up_to_the_score(materialized, rows, kind):
         assert len(shares) == rows.shape[1]
 
 
-@pytest.mark.parametrize("kind", ("baseline", "logistic_regression", "neural_network"))
+@pytest.mark.parametrize("kind", ["baseline", "logistic_regression", "neural_network"])
 def test_a_feature_equal_to_the_reference_contributes_nothing(materialized, rows, kind):
     """Against a reference of the row itself there is nothing to explain; where one feature differs, it gets all."""
     model = load_model(materialized.home.candidates(materialized.campaign.name) / kind)

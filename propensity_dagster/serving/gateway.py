@@ -1,7 +1,8 @@
 """HTTP around the answers, outside BentoML's own middleware: routes, keys, limits, errors, metrics.
 
 BentoML's stack costs several times a prediction (timers, tracing, access log, validation that repeats what was sent),
-so that only the files of its Swagger UI are reached through it: its own page would tell Google who looks at it. Values of a request are in no log and no error.
+so that only the files of its Swagger UI are reached through it: its own page would tell Google who looks at it.
+Values of a request are in no log and no error.
 """
 
 import asyncio
@@ -54,12 +55,12 @@ _DRAIN_BYTES = 4 << 20
 
 @dataclass(slots=True)
 class Request:
-    """What a handler needs. `charge` takes further requests from the key's rate."""
+    """What a handler needs. `slot` is the key's place in the table of rates."""
 
     id: str
     release: Release | None
     body: bytes
-    charge: Callable[[int], None]
+    slot: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +119,11 @@ class Gateway:
         self._log: PredictionLog | None = None
         self._documents: tuple[Any, bytes] = (None, b"")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection event: a request, or the worker's start and stop."""
-        if scope["type"] == "http":
-            await self._http(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._lifespan(scope, receive, send)
-        else:
+    async def _no_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
             await send({"type": "websocket.close", "code": 1003})
+            return
 
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def watched(message: Any) -> None:
             if message["type"] == "lifespan.startup.complete":
                 self._start()
@@ -175,7 +171,11 @@ class Gateway:
                     request.late = True
                     request.task.cancel()
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the worker's start and stop."""
+        if scope["type"] != "http":
+            await self._no_request(scope, receive, send)
+            return
         started = time.perf_counter()
         number = next(self._numbers)
         headers = _Headers(scope["headers"])
@@ -231,7 +231,7 @@ class Gateway:
     def _admit(self, scope: Scope, headers: "_Headers", route: Route) -> None:
         """Methods, keys and rates, before a byte of the body is read."""
         method = scope["method"]
-        if method == "OPTIONS" and headers.origin and headers.preflight:
+        if method == "OPTIONS" and headers.origin and headers.get(b"access-control-request-method"):
             self._preflight(headers, route)
         if method != route.method and not (method == "HEAD" and route.method == "GET"):
             allowed = route.method if route.method == "POST" else "GET, HEAD"
@@ -304,9 +304,8 @@ class Gateway:
             reading[0] = True
             body = await _read(receive, headers.length, limit)
             reading[0] = False
-        slot = headers.slot
-        request = Request(request_id, release, body, lambda cost: self._charge(slot, cost))
-        answered = await getattr(self, route.handler)(request)
+        request = Request(request_id, release, body, headers.slot)
+        answered: Answered = await getattr(self, route.handler)(request)
         return answered, _TYPES.get(route.handler, _JSON)
 
     def _release(self, name: str | None) -> Release:
@@ -327,7 +326,9 @@ class Gateway:
     async def _predict_batch(self, request: Request) -> Answered:
         release = _released(request)
         store = self._state.stores.get(release.campaign)
-        return await predict_batch(release, store, request.body, request.id, request.charge)
+        return await predict_batch(
+            release, store, request.body, request.id, lambda cost: self._charge(request.slot, cost)
+        )
 
     async def _explain(self, request: Request) -> Answered:
         release = _released(request)
@@ -374,49 +375,40 @@ class _Preflight(Problem):
 
 
 class _Headers:
-    """The headers that matter. Of one given twice the last counts, but of credentials none does."""
+    """The headers that matter; of one given twice the last counts."""
 
-    __slots__ = (
-        "content_type",
-        "encoding",
-        "forwarded",
-        "host",
-        "key",
-        "length",
-        "origin",
-        "preflight",
-        "request_id",
-        "slot",
-    )
+    __slots__ = ("_all", "key", "origin", "slot")
 
     def __init__(self, headers: Any) -> None:
-        self.key = self.content_type = self.encoding = self.origin = self.host = b""
-        self.length: int | None = None
-        self.forwarded = self.preflight = False
-        self.request_id: str | None = None
+        self._all: dict[bytes, bytes] = dict(headers)
+        self.origin = self._all.get(b"origin", b"")
+        self.key = self._all.get(b"x-api-key") or _bearer(self._all.get(b"authorization", b""))
         self.slot: int | None = None
-        for name, value in headers:
-            if name == b"x-api-key":
-                self.key = value
-            elif name == b"authorization":
-                if value[:7].lower() == b"bearer ":
-                    self.key = value[7:].strip()
-            elif name == b"content-type":
-                self.content_type = value
-            elif name == b"content-length":
-                self.length = int(value) if value.isdigit() else None
-            elif name == b"x-request-id":
-                self.request_id = value.decode() if _REQUEST_ID.fullmatch(value) else None
-            elif name == b"host":
-                self.host = value
-            elif name == b"origin":
-                self.origin = value
-            elif name == b"content-encoding":
-                self.encoding = value
-            elif name == b"access-control-request-method":
-                self.preflight = True
-            elif name in _FORWARDED:
-                self.forwarded = True
+
+    def get(self, name: bytes) -> bytes:
+        """One header, empty when absent."""
+        return self._all.get(name, b"")
+
+    @property
+    def request_id(self) -> str | None:
+        """The caller's own id of the request, if it is one."""
+        value = self._all.get(b"x-request-id")
+        return value.decode() if value and _REQUEST_ID.fullmatch(value) else None
+
+    @property
+    def length(self) -> int | None:
+        """Length of the body, if it is said."""
+        value = self._all.get(b"content-length", b"")
+        return int(value) if value.isdigit() else None
+
+    @property
+    def forwarded(self) -> bool:
+        """Whether a proxy passed the request on."""
+        return any(name in self._all for name in _FORWARDED)
+
+
+def _bearer(authorization: bytes) -> bytes:
+    return authorization[7:].strip() if authorization[:7].lower() == b"bearer " else b""
 
 
 def _find_route(scope: Scope) -> tuple[Route, str | None]:
@@ -439,7 +431,7 @@ def _is_local(scope: Scope, headers: _Headers) -> bool:
     if len(ends) != 2 or headers.forwarded or not all(map(_is_loopback, ends)):
         return False
     try:
-        host = urlsplit(f"//{headers.host.decode('latin-1')}").hostname
+        host = urlsplit("//" + headers.get(b"host").decode("latin-1")).hostname
     except ValueError:
         return False
     return host is None or host in _LOCAL_HOSTS  # a page's own name for 127.0.0.1 is no local caller
@@ -457,9 +449,12 @@ def _unauthorized(message: str) -> Problem:
 
 
 def _require_json(headers: _Headers) -> None:
-    kind, _, parameters = headers.content_type.lower().partition(b";")
+    stated = headers.get(b"content-type")
+    if stated == b"application/json" and not headers.get(b"content-encoding"):
+        return
+    kind, _, parameters = stated.lower().partition(b";")
     charset = parameters.strip().replace(b'"', b"")
-    plain = headers.encoding in (b"", b"identity")
+    plain = headers.get(b"content-encoding") in (b"", b"identity")
     if kind.strip() != b"application/json" or charset not in (b"", b"charset=utf-8") or not plain:
         message = "send Content-Type: application/json, in UTF-8 and not compressed"
         raise Problem(415, "unsupported_media_type", message, headers=((b"accept", b"application/json"), _CLOSE))
@@ -524,12 +519,12 @@ def _where(error: BaseException) -> str:
 
 
 def _show_log() -> None:
+    logging.getLogger("uvicorn.access").propagate = False  # it would make a line of every request, and drop it
     own = logging.getLogger("propensity")
     if not own.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(
-            logging.Formatter("%(asctime)s [%(levelname)s] [%(name)s] %(message)s", "%Y-%m-%dT%H:%M:%S%z")
-        )
+        form = "%(asctime)s [%(levelname)s] [%(name)s] %(message)s"
+        handler.setFormatter(logging.Formatter(form, "%Y-%m-%dT%H:%M:%S%z"))
         own.addHandler(handler)
         own.setLevel(logging.INFO)
         own.propagate = False

@@ -49,11 +49,6 @@ class Package:
     inputs: tuple[Input, ...]
     population: Sequence[float]
 
-    @property
-    def version(self) -> str:
-        """Version in the registry."""
-        return self.content["version"]
-
     @cached_property
     def codes(self) -> tuple[tuple[int, dict[str, float]], ...]:
         """Position and codes of each category."""
@@ -62,6 +57,27 @@ class Package:
             for i, field in enumerate(self.inputs)
             if field.kind == "category"
         )
+
+    @cached_property
+    def tiers(self) -> tuple[float, float]:
+        """Percentiles above which the high and the medium tier begin."""
+        return self.content["tiers"]["high"], self.content["tiers"]["medium"]
+
+    @cached_property
+    def money(self) -> tuple[float, float, float]:
+        """Margin of a conversion, cost of a contact, and the probability above which one pays (infinite if none)."""
+        value, threshold = self.content["value"], self.content["threshold"]
+        return value["margin_per_conversion"], value["cost_per_contact"], math.inf if threshold is None else threshold
+
+    @cached_property
+    def prior_shift(self) -> float:
+        """What suits log-odds to the newest scored population."""
+        return self.content["prior_shift"]
+
+    @cached_property
+    def version(self) -> str:
+        """Version in the registry."""
+        return self.content["version"]
 
     @cached_property
     def reference(self) -> Floats:
@@ -86,8 +102,7 @@ class Package:
 
     def probability(self, row: list[float]) -> float:
         """Calibrated probability of an encoded row, suited to the newest scored population."""
-        z = self.model.log_odds(row) + self.content["prior_shift"]
-        return 1 / (1 + math.exp(-z))
+        return 1 / (1 + math.exp(-self.model.log_odds(row) - self.prior_shift))
 
     def rank(self, p: float) -> tuple[float, int, str]:
         """Percentile, decile and tier of a probability in the newest scored population."""
@@ -95,9 +110,9 @@ class Package:
         # Equal scores may differ in their last digits when they are computed one at a time.
         rank = bisect_right(self.population, p + 1e-9 * p * (1 - p))
         percentile = rank / n
-        decile = min(11 - -(-10 * rank // n), 10)
-        tiers = self.content["tiers"]
-        return percentile, decile, next((t for t in ("high", "medium") if percentile > tiers[t]), "low")
+        high, medium = self.tiers
+        tier = "high" if percentile > high else "medium" if percentile > medium else "low"
+        return percentile, min(11 - -(-10 * rank // n), 10), tier
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Answers: from a body to a probability and all that goes with it. Belongs here: nothing of HTTP."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -88,7 +89,7 @@ async def predict(release: Release, store: OnlineStore | None, body: bytes, requ
     Raises:
         Problem: 422 for the body, 503 when features are needed and the online store does not answer.
     """
-    scored = await _score_one(release, store, body, request_id)
+    scored = await _score_with_store(release, store, release.inputs.parse(body), request_id)
     return Answered(_encode(_answer(release, scored)), "predict", release, [scored])
 
 
@@ -123,7 +124,7 @@ async def predict_explained(release: Release, store: OnlineStore | None, body: b
     Raises:
         Problem: as `predict`.
     """
-    scored = await _score_one(release, store, body, request_id)
+    scored = await _score_with_store(release, store, release.inputs.parse(body), request_id)
     values = release.own_values(scored.package, scored.values)
     answer = msgspec.to_builtins(_answer(release, scored)) | explain(scored.package, scored.row, values)
     return Answered(_encode(answer), "explain", release, [scored])
@@ -165,8 +166,7 @@ def _shadow(release: Release, scored: Scored) -> dict[str, Any] | None:
     }
 
 
-async def _score_one(release: Release, store: OnlineStore | None, body: bytes, request_id: str) -> Scored:
-    parsed = release.inputs.parse(body)
+async def _score_with_store(release: Release, store: OnlineStore | None, parsed: Parsed, request_id: str) -> Scored:
     if parsed.given == len(parsed.values) or parsed.key is None:
         return _score(release, parsed, None, None, request_id)
     found = await _find(store, [parsed.key])
@@ -212,7 +212,7 @@ def _places(features: tuple[str, ...], columns: tuple[str, ...]) -> list[int | N
 def _answer(release: Release, scored: Scored) -> Any:
     package, p = scored.package, scored.probability
     percentile, decile, tier = package.rank(p)
-    value, threshold = package.content["value"], package.content["threshold"]
+    margin, cost, threshold = package.money
     missing, sources = _origins(release, scored)
     facts = scored.facts
     key = (scored.parsed.key,) if release.inputs.key is not None else ()
@@ -223,9 +223,9 @@ def _answer(release: Release, scored: Scored) -> Any:
         percentile,
         decile,
         tier,
-        p * value["margin_per_conversion"] - value["cost_per_contact"],
-        "contact" if threshold is not None and p > threshold else "skip",
-        threshold,
+        p * margin - cost,
+        "contact" if p > threshold else "skip",
+        threshold if threshold < math.inf else None,
         package.version,
         scored.variant,
         scored.known,

@@ -116,7 +116,7 @@ class Watcher:
         release = load_release(folder, known)
         _ = release.positions  # computed here, not by the first request
         for package in release.packages:
-            _ = package.codes, package.reference
+            _ = package.codes, package.reference, package.tiers, package.money, package.prior_shift, package.version
         self.state.releases = {**self.state.releases, folder.name: release}
         versions = ", ".join(f"version {p.version} ({p.name})" for p in release.packages)
         logger.info("%s: serving %s, mode %s", folder.name, versions, release.file.mode)
