@@ -10,6 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "propensity_dagster"
 ORCHESTRATION = ("components", "defs", "definitions.py")
 ONLY_IN = {"mlflow": "registry", "bentoml": "serving", "evidently": "monitoring", "shap": "explain"}
+WORKER = PACKAGE / "serving"
+WORKER_PACKAGES = {"bentoml", "msgspec", "numpy", "prometheus_client", "redis", "uvicorn", "yaml"}
 HEAVY = ("torch", "shap", "mlflow", "evidently", "bentoml", "matplotlib")
 
 
@@ -50,8 +52,19 @@ def test_import_rules(file):
     if place(file) == "evaluation":
         assert "models" not in ours
     top = {name.split(".")[0] for name in imports(file, top_level=True)}
-    allowed = {"mlflow"} if file.name == "pyfunc_model.py" else set()
+    allowed = {"pyfunc_model.py": {"mlflow"}, "service.py": {"bentoml"}}.get(file.name, set())
     assert not (top & set(HEAVY)) - allowed, "heavy imports belong into the function that needs them"
+
+
+@pytest.mark.parametrize("file", sorted(WORKER.glob("*.py")), ids=lambda f: f.name)
+def test_the_worker_imports_what_the_bento_holds(file):
+    found = imports(file)
+    others = {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - {"propensity_dagster"}
+    assert others <= WORKER_PACKAGES
+    for name in found:
+        if name.startswith("propensity_dagster."):
+            assert name.split(".")[1] in ("errors", "manifest", "serving")
+            assert not name.startswith("propensity_dagster.serving.publish")
 
 
 def test_every_module_says_what_belongs_there():

@@ -20,7 +20,7 @@ from propensity_dagster.serving.problems import Problem
 
 LARGEST = 1e15
 MAX_TEXT = 256
-KEY_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f\ud800-\udfff]{1,256}$"
+KEY_PATTERN = r"^[^\u0000-\u001f\u007f-\u009f]+$"
 MAX_ROWS = 1_000
 
 _TEXT = re.compile("[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}")

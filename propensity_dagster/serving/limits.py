@@ -8,6 +8,7 @@ from pathlib import Path
 
 _SLOTS = 4_096
 _MAX_COST = 1_000
+_ROUNDING = 1e-6  # seconds; sums of intervals are not exact
 _TIME = struct.Struct("d")
 
 
@@ -35,7 +36,7 @@ class RateLimit:
             square_at = now
         later = square_at + cost / per_second
         # A batch larger than the burst passes once nothing is owed; it then owes for all its rows.
-        if later - now > depth and square_at > now:
+        if later - now > depth + _ROUNDING and square_at > now:
             return min(later - depth, square_at) - now
         _TIME.pack_into(self._table, offset, later)
         return 0.0

@@ -188,6 +188,8 @@ def _row_schema(inputs: Inputs) -> Json:
     if inputs.key is not None:
         properties[inputs.key] = {
             "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_TEXT,
             "pattern": KEY_PATTERN,
             "description": "the customer's id; features that the body lacks come from its newest snapshot",
         }

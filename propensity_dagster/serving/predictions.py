@@ -126,7 +126,7 @@ async def predict_explained(release: Release, store: OnlineStore | None, body: b
     """
     scored = await _score_with_store(release, store, release.inputs.parse(body), request_id)
     values = release.own_values(scored.package, scored.values)
-    answer = msgspec.to_builtins(_answer(release, scored)) | explain(scored.package, scored.row, values)
+    answer = msgspec.json.decode(_encode(_answer(release, scored))) | explain(scored.package, scored.row, values)
     return Answered(_encode(answer), "explain", release, [scored])
 
 
