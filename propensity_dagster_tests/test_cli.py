@@ -146,8 +146,12 @@ def test_the_ui_shows_what_the_demo_materialized(demo):
         ):
             assert f"small/{table}" in materialized
         (repository,) = data["repositoriesOrError"]["nodes"]
-        assert {s["name"] for s in repository["schedules"]} == {"small__nightly", "small__monthly"}
-        assert len(repository["sensors"]) == 3
+        assert {s["name"] for s in repository["schedules"]} == {
+            "small__nightly",
+            "small__monthly",
+            "small__nightly_predictions",
+        }
+        assert len(repository["sensors"]) == 4
     finally:
         os.killpg(server.pid, signal.SIGINT)
         try:
@@ -162,6 +166,18 @@ def test_the_readme_shows_the_shipped_campaign_file():
     shipped = (ROOT / "propensity_dagster" / "campaigns" / "ecommerce_purchase.yaml").read_text()
     lines = [line for line in shipped.splitlines() if line and not line.lstrip().startswith("#")]
     assert [line for line in block.splitlines() if line] == lines
+
+
+def test_the_readme_asks_the_service_for_what_the_shipped_campaign_has():
+    """The names of its curl are the key and outward names of the default campaign."""
+    import json
+
+    from propensity_dagster.campaign import EventCampaign, load_campaign
+
+    (text,) = re.findall(r"curl .*?-d '(.*?)'", README, re.DOTALL)
+    campaign = load_campaign(ROOT / "propensity_dagster" / "campaigns" / "ecommerce_purchase.yaml")
+    assert isinstance(campaign, EventCampaign)
+    assert set(json.loads(text)) <= {campaign.key, *campaign.attributes, *campaign.features.names}
 
 
 def readme_commands() -> list[str]:
