@@ -47,7 +47,7 @@ def built(all_registered, tmp_path_factory):
         for name, value in OFFLINE.items():
             patch.setenv(name, value)
         with dg.DagsterInstance.ephemeral() as instance:
-            result = defs.resolve_job_def("small__bento").execute_in_process(instance=instance)
+            result = defs.resolve_job_def("small__build_bento").execute_in_process(instance=instance)
     assert result.success
     (event,) = [e for e in result.all_events if e.event_type_value == "ASSET_MATERIALIZATION"]
     metadata = {k: v.value for k, v in event.materialization.metadata.items()}

@@ -464,7 +464,9 @@ def test_dagster_ingests_the_log(registered):
     )
     day = str(datetime.now(UTC).date())
     with dg.DagsterInstance.ephemeral() as instance:
-        result = defs.resolve_job_def("small__predictions").execute_in_process(instance=instance, partition_key=day)
+        result = defs.resolve_job_def("small__ingest_predictions").execute_in_process(
+            instance=instance, partition_key=day
+        )
     assert result.success
     assert len(predictions_of(registered.home, date.fromisoformat(day))) == 1
 

@@ -40,9 +40,9 @@ def serving_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
 
 def serving_automation(campaign: Campaign) -> dg.Definitions:
     """The bento follows the champion; the log of a day is ingested the night after."""
-    bento = asset_job(campaign, f"{campaign.name}__{BENTO}", [BENTO], "Builds the bento from what is released.")
+    bento = asset_job(campaign, f"{campaign.name}__build_bento", [BENTO], "Builds the bento from what is released.")
     description = "The service's log of one day, as a table of the lake."
-    predictions = asset_job(campaign, f"{campaign.name}__{PREDICTIONS}", [PREDICTIONS], description, _log_days())
+    predictions = asset_job(campaign, f"{campaign.name}__ingest_predictions", [PREDICTIONS], description, _log_days())
     return dg.Definitions(
         jobs=[bento, predictions],
         schedules=[
