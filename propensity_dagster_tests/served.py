@@ -58,6 +58,7 @@ class Service:
 
     def stop(self, number: int = signal.SIGINT) -> None:
         """A normal stop; every process of it must be gone."""
+        started = self.workers()
         if self.process.poll() is None:
             self.process.send_signal(number)
             try:
@@ -66,30 +67,26 @@ class Service:
                 self.kill()
                 raise AssertionError(f"the service did not stop:\n{self.text()}") from None
         deadline = time.monotonic() + 10
-        while self.members() and time.monotonic() < deadline:
+        while any(map(is_running, started)) and time.monotonic() < deadline:
             time.sleep(0.1)
-        left = self.members()
-        self.kill()
+        left = [pid for pid in started if is_running(pid)]
+        self.kill(left)
         assert not left, f"processes that outlived the service: {left}"
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+    def kill(self, others: list[int] | None = None) -> None:
+        for pid in [self.process.pid, *(self.workers() if others is None else others)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
-    def members(self) -> list[int]:
-        """Processes of the service's session."""
+    def workers(self) -> list[int]:
+        """Its worker processes: children with sessions of their own."""
         found = []
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError):
-                fields = stat.read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                if int(stat.read_text().rpartition(")")[2].split()[1]) == self.process.pid:
                     found.append(int(stat.parent.name))
         return found
-
-    def workers(self) -> list[int]:
-        """Its worker processes."""
-        return [pid for pid in self.members() if "worker" in Path(f"/proc/{pid}/cmdline").read_text()]
 
     def text(self) -> str:
         """What it wrote to its log."""
@@ -102,6 +99,14 @@ class Service:
         answer = self.post(path, content, **options)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wait_until(condition: Any, seconds: float = 10.0) -> Any:

@@ -146,6 +146,7 @@ def test_a_worker_of_the_full_environment_imports_no_more(built, tmp_path):
     with Service(home.root, environment=environment) as running:
         running.ok("/explain", {"customer_id": "1"})
         assert httpx.get(f"http://127.0.0.1:{running.port}/metrics").status_code == 200
+        assert len(running.workers()) == 2
         for pid in running.workers():
             os.kill(pid, signal.SIGUSR1)
             file = tmp_path / f"modules-{pid}"
