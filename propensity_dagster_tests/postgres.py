@@ -2,11 +2,12 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .served import free_port
 
 PASSWORD = "correct-horse-battery"  # a test looks for it where it must never be
 
@@ -36,9 +37,7 @@ def server(folder: Path) -> Generator[str]:
             parent.chmod(parent.stat().st_mode | 0o011)
         shutil.chown(folder, "nobody")
         shutil.chown(folder / "password", "nobody")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def run(*command: str, check: bool = True) -> None:
         subprocess.run([*prefix, *command], check=check, capture_output=True, cwd=folder)

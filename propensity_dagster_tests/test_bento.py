@@ -18,7 +18,7 @@ from propensity_dagster.runtime import Runtime
 from propensity_dagster.serving.publish.releases import publish_release
 
 from .served import Service, wait_until
-from .test_serving import scores_of
+from .test_serving import copy_home, features_of, scores_of
 
 ROOT = Path(__file__).parents[1]
 NOT_IN_THE_WORKER = ("dagster", "mlflow", "torch", "shap", "pandas", "pyarrow", "scipy", "sklearn", "lightgbm", "ibis")
@@ -34,10 +34,7 @@ signal.signal(signal.SIGUSR1, lambda *_: open(os.environ["DUMP"] + str(os.getpid
 def built(all_registered, tmp_path_factory):
     """The asset `bento` of a home, built without a network."""
     root = tmp_path_factory.mktemp("bento")
-    shutil.copytree(all_registered.home.root, root / "home")
-    from propensity_dagster.data.lake import Home
-
-    home = Home(root / "home")
+    home = copy_home(all_registered, root)
     publish_release(all_registered.campaign, home, all_registered.store)
     defs = dg.Definitions.merge(
         campaign_definitions(all_registered.campaign), dg.Definitions(resources={"runtime": Runtime(home)})
@@ -155,8 +152,6 @@ def test_a_worker_of_the_full_environment_imports_no_more(built, tmp_path):
 
 
 def features_by_key(home) -> dict[str, dict]:
-    from .test_serving import features_of
-
     return {row["customer_id"]: row for row in features_of(home)}
 
 

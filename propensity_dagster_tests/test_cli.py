@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import SMALL
+from .served import free_port
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -102,9 +102,7 @@ def test_the_ui_shows_what_the_demo_materialized(demo):
     import signal
 
     home, file, _ = demo
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "PROPENSITY_HOME": str(home), "PROPENSITY_CAMPAIGNS": str(file.parent)}
     server = subprocess.Popen(
         [*PROPENSITY, "dev", "--port", str(port)], cwd=ROOT, env=environment, start_new_session=True,

@@ -4,6 +4,7 @@ Every write goes to a temporary name in the same folder, is synced and renamed: 
 the new one, and a killed writer leaves a hidden temporary file that the next writer of that place removes.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Generator, Sequence
@@ -204,6 +205,14 @@ def publish_text(text: str, file: Path) -> None:
     """Write one text file."""
     with publishing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(file: Path) -> Generator[None]:
+    """Hold the lock of a file, which is created; another process waits."""
+    with file.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield  # closing the file gives the lock back
 
 
 def require_folder(path: Path, what: str) -> Path:

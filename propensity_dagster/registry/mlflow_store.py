@@ -1,21 +1,20 @@
 """The model store on MLflow: SQLite for the records, folders for the models. Only this package imports mlflow."""
 
-import fcntl
 import io
 import json
 import logging
 import os
 import subprocess
 import warnings
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from propensity_dagster.data.lake import Home
+from propensity_dagster.data.lake import Home, locked
 from propensity_dagster.errors import ConfigError
 from propensity_dagster.models.saved import model_identity
 from propensity_dagster.registry.store import Event, Version
@@ -45,7 +44,7 @@ class MlflowStore:
         uri = f"sqlite:///{self._home.root / 'mlflow.db'}"
         self._home.ensure()
         # Two processes that first open one fresh database corrupt it for good: the first use is alone.
-        with _lock(self._home.root / ".mlflow.lock"):
+        with locked(self._home.root / ".mlflow.lock"):
             mlflow.set_tracking_uri(uri)
             mlflow.set_registry_uri(uri)
             client = mlflow.MlflowClient(uri, uri)
@@ -103,13 +102,24 @@ class MlflowStore:
             for v in sorted(found, key=lambda v: int(v.version))
         ]
 
+    def version(self, campaign: str, version: str) -> Version:
+        """One registered version.
+
+        Raises:
+            ConfigError: naming the versions there are.
+        """
+        known = {v.version: v for v in self.versions(campaign)}
+        if version not in known:
+            raise ConfigError(f"{campaign}: there is no version {version}; there are {', '.join(known) or 'none'}")
+        return known[version]
+
     def champion(self, campaign: str) -> Version | None:
         """The version with the alias champion, if there is one."""
         return next((v for v in self.versions(campaign) if CHAMPION in v.aliases), None)
 
     def folder(self, campaign: str, version: str) -> Path:
         """Where the saved model of a version lies."""
-        self._require_version(campaign, version)
+        self.version(campaign, version)
         from mlflow.artifacts import download_artifacts
 
         path = Path(download_artifacts(f"models:/{campaign}/{version}"))
@@ -118,8 +128,7 @@ class MlflowStore:
 
     def evaluation(self, campaign: str, version: str) -> dict[str, Any]:
         """The record that was logged when the version was registered."""
-        self._require_version(campaign, version)
-        (run_id,) = [v.run_id for v in self.versions(campaign) if v.version == version]
+        run_id = self.version(campaign, version).run_id
         from mlflow.artifacts import download_artifacts
 
         file = Path(download_artifacts(run_id=run_id, artifact_path="reports/evaluation.json"))
@@ -146,7 +155,7 @@ class MlflowStore:
         target = to or self._before(campaign, champion.version)
         if target is None:
             raise ConfigError(f"{campaign}: version {champion.version} is the first champion; there is none before it")
-        self._require_version(campaign, target)
+        self.version(campaign, target)
         if target == champion.version:
             raise ConfigError(f"{campaign}: version {target} is the champion already")
         return self._make_champion(campaign, target, "rolled back", why)
@@ -184,12 +193,6 @@ class MlflowStore:
         model = self._registered_model(campaign)
         return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
 
-    def _require_version(self, campaign: str, version: str) -> None:
-        known = [v.version for v in self.versions(campaign)]
-        if version not in known:
-            listing = ", ".join(known) or "none"
-            raise ConfigError(f"{campaign}: there is no version {version}; there are {listing}")
-
     def _experiment(self, campaign: str) -> str:
         found = self._client.get_experiment_by_name(campaign)
         if found is not None:
@@ -222,13 +225,3 @@ def _flat_metrics(record: Mapping[str, Any]) -> dict[str, float]:
         for metric, estimate in metrics.items()
         if estimate["value"] is not None
     }
-
-
-@contextmanager
-def _lock(path: Path) -> Generator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(handle, fcntl.LOCK_UN)

@@ -42,6 +42,10 @@ class ModelStore(Protocol):
         """Every registered version, oldest first."""
         ...
 
+    def version(self, campaign: str, version: str) -> Version:
+        """One registered version."""
+        ...
+
     def champion(self, campaign: str) -> Version | None:
         """The champion, if there is one."""
         ...

@@ -27,7 +27,7 @@ def explain(package: Package, row: list[float], values: Sequence[Any]) -> dict[s
         values: the same as they came, categories as text.
     """
     base, shares = package.model.contributions(row, package.reference)
-    base += package.content["prior_shift"]
+    base += package.prior_shift
     order = sorted(range(len(shares)), key=lambda i: -abs(shares[i]))[:REASONS]
     chosen = [i for i in order if shares[i] != 0]
     reasons = [_reason(package.inputs[i], values[i], float(shares[i])) for i in chosen]

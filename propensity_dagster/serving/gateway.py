@@ -7,9 +7,9 @@ Values of a request are in no log and no error.
 
 import asyncio
 import gc
-import ipaddress
 import itertools
 import logging
+import operator
 import os
 import re
 import resource
@@ -28,7 +28,7 @@ from propensity_dagster.serving.packages import Release
 from propensity_dagster.serving.prediction_log import PredictionLog
 from propensity_dagster.serving.predictions import Answered, log_answers, predict, predict_batch, predict_explained
 from propensity_dagster.serving.problems import Problem
-from propensity_dagster.serving.settings import ApiKey, predictions_folder, serving_folder
+from propensity_dagster.serving.settings import ApiKey, is_loopback, predictions_folder, serving_folder
 from propensity_dagster.serving.watch import Watcher
 
 logger = logging.getLogger("propensity.serving")
@@ -99,10 +99,11 @@ _STATIC_FILES = frozenset(
 
 @dataclass(slots=True)
 class _InHand:
-    """A request that is being answered; `late` once its time was up."""
+    """A request that is being answered; `reading` its body, or `late` once its time was up."""
 
     task: Any
     deadline: float
+    reading: bool = False
     late: bool = False
 
 
@@ -117,7 +118,7 @@ class Gateway:
         self._numbers = itertools.count()
         self._prefix = secrets.token_hex(6)
         self._log: PredictionLog | None = None
-        self._documents: tuple[Any, bytes] = (None, b"")
+        self._documents: tuple[tuple[Any, ...], bytes] = ((None, None, None), b"")
 
     async def _no_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -183,9 +184,8 @@ class Gateway:
         route: Route | None = None
         name: str | None = None
         answered: Answered | None = None
-        extra: tuple[Header, ...] = ()
         in_hand: _InHand | None = None
-        reading = [False]
+        problem: Problem | None = None
         try:
             route, name = _find_route(scope)
             self._admit(scope, headers, route)
@@ -193,23 +193,25 @@ class Gateway:
                 await self._app(scope, receive, send)
                 return
             in_hand = self._take(number)
-            answered, content_type = await self._answer(scope, receive, headers, route, name, request_id, reading)
-            status, body = 200, answered.body
-        except Problem as problem:
-            status, body, extra, content_type = problem.status, problem.body(request_id), problem.headers, _JSON
+            answered = await self._answer(receive, headers, route, name, request_id, in_hand)
+        except Problem as found:
+            problem = found
         except asyncio.CancelledError:
             if in_hand is None or not in_hand.late:
                 raise
-            problem = _late(reading[0])
-            status, body, extra, content_type = problem.status, problem.body(request_id), problem.headers, _JSON
+            problem = _late(in_hand)
         except Exception as error:
             # Never the message: it may hold what was sent.
             where = _where(error)
             logger.error("%s: %s at %s (request %s)", scope["path"][:100], type(error).__name__, where, request_id)
             problem = Problem(500, "internal_error", "an error of ours; it is in the server's log")
-            status, body, content_type = 500, problem.body(request_id), _JSON
         finally:
             self._in_hand.pop(number, None)
+        if answered is not None and route is not None:
+            status, body, extra, content_type = 200, answered.body, (), _TYPES.get(route.handler, _JSON)
+        else:
+            assert problem is not None
+            status, body, extra, content_type = problem.status, problem.body(request_id), problem.headers, _JSON
         sent = [
             content_type,
             (b"content-length", b"%d" % len(body)),
@@ -225,8 +227,13 @@ class Gateway:
             body = b""
         await send({"type": "http.response.body", "body": body})
         self._measures.request(route.name if route else "none", name, status, time.perf_counter() - started)
-        if answered is not None and self._log is not None and self._state.settings.log_predictions:
-            log_answers(answered, self._log)
+        if (
+            answered is not None
+            and route is not None
+            and self._log is not None
+            and self._state.settings.log_predictions
+        ):
+            log_answers(route.name, answered, self._log)
 
     def _admit(self, scope: Scope, headers: "_Headers", route: Route) -> None:
         """Methods, keys and rates, before a byte of the body is read."""
@@ -286,27 +293,19 @@ class Gateway:
         return in_hand
 
     async def _answer(
-        self,
-        scope: Scope,
-        receive: Receive,
-        headers: "_Headers",
-        route: Route,
-        name: str | None,
-        request_id: str,
-        reading: list[bool],
-    ) -> tuple[Answered, Header]:
+        self, receive: Receive, headers: "_Headers", route: Route, name: str | None, request_id: str, in_hand: _InHand
+    ) -> Answered:
         release = self._release(name) if route.campaign else None
         body = b""
         if route.method == "POST":
             settings = self._state.settings
             limit = settings.max_batch_bytes if route.batch else settings.max_body_bytes
             _require_json(headers)
-            reading[0] = True
+            in_hand.reading = True
             body = await _read(receive, headers.length, limit)
-            reading[0] = False
+            in_hand.reading = False
         request = Request(request_id, release, body, headers.slot)
-        answered: Answered = await getattr(self, route.handler)(request)
-        return answered, _TYPES.get(route.handler, _JSON)
+        return await getattr(self, route.handler)(request)
 
     def _release(self, name: str | None) -> Release:
         state = self._state
@@ -355,9 +354,10 @@ class Gateway:
         return Answered(PAGE)
 
     async def _docs(self, request: Request) -> Answered:
-        releases = self._state.releases
-        if self._documents[0] is not releases:
-            self._documents = (releases, document(self._state))
+        state = self._state
+        shown = (state.releases, state.keys, state.settings)
+        if not all(map(operator.is_, self._documents[0], shown)):
+            self._documents = (shown, document(state))
         return Answered(self._documents[1])
 
 
@@ -428,20 +428,13 @@ def _is_local(scope: Scope, headers: _Headers) -> bool:
     """Whether a caller without a key is a program on this machine: no other host, no proxy, no foreign page."""
     client, server = scope.get("client"), scope.get("server")
     ends = [end[0] for end in (client, server) if end]
-    if len(ends) != 2 or headers.forwarded or not all(map(_is_loopback, ends)):
+    if len(ends) != 2 or headers.forwarded or not all(map(is_loopback, ends)):
         return False
     try:
         host = urlsplit("//" + headers.get(b"host").decode("latin-1")).hostname
     except ValueError:
         return False
     return host is None or host in _LOCAL_HOSTS  # a page's own name for 127.0.0.1 is no local caller
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 def _unauthorized(message: str) -> Problem:
@@ -486,8 +479,8 @@ def _too_large(limit: int) -> Problem:
     return Problem(413, "body_too_large", f"a body may have at most {limit:,} bytes", headers=(_CLOSE,))
 
 
-def _late(reading: bool) -> Problem:
-    if reading:
+def _late(in_hand: _InHand) -> Problem:
+    if in_hand.reading:
         return Problem(408, "timeout", "the body did not come in time", headers=(_CLOSE,))
     return Problem(503, "timeout", "the answer took too long", headers=_RETRY)
 

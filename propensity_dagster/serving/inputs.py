@@ -51,6 +51,11 @@ class Parsed:
     values: Sequence[Any]
     given: int
 
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether the body left out a feature."""
+        return self.given < len(self.values)
+
 
 class Inputs:
     """What the bodies of one campaign look like: the entity's key, if it has one, and the features."""

@@ -85,7 +85,7 @@ class Measures:
         )
         self._version = prometheus_client.Gauge(
             "propensity_champion_version",
-            "version that serves; workers that differ show as minimum and maximum",
+            "version that serves; the oldest, where workers differ",
             ["campaign"],
             registry=own,
             multiprocess_mode="min",

@@ -4,7 +4,8 @@ from typing import Any
 
 import msgspec
 
-from propensity_dagster.serving.packages import Package, Release
+from propensity_dagster.serving.inputs import Input
+from propensity_dagster.serving.packages import Release
 from propensity_dagster.serving.watch import State
 
 _SHOWN = (
@@ -32,7 +33,7 @@ def model_body(release: Release, state: State) -> bytes:
     content = {name: package.content.get(name) for name in _SHOWN}
     content |= {
         "package": package.name,
-        "features": [_feature(f, spec) for f, spec in zip(_stated(package), package.model.features, strict=True)],
+        "features": [_feature(field) for field in package.inputs],
         "rollout": {
             "mode": release.file.mode,
             "share": release.file.share if release.file.mode == "split" else None,
@@ -62,22 +63,17 @@ def campaigns_body(state: State) -> bytes:
     )
 
 
-def _stated(package: Package) -> list[dict[str, Any]]:
-    by_feature = {f["feature"]: f for f in package.content["features"]}
-    return [by_feature[spec["name"]] for spec in package.model.features]
-
-
-def _feature(stated: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
-    if spec["kind"] == "category":
-        limits: dict[str, Any] = {"categories": spec["categories"]}
+def _feature(field: Input) -> dict[str, Any]:
+    if field.kind == "category":
+        limits: dict[str, Any] = {"categories": field.categories}
     else:
-        limits = {"minimum": stated["minimum"], "maximum": stated["maximum"]}
+        limits = {"minimum": field.minimum, "maximum": field.maximum}
     return {
-        "name": stated["name"],
-        "feature": spec["name"],
-        "kind": spec["kind"],
-        "meaning": stated["meaning"],
-        "window_days": stated["window"] or None,
-        "typical": stated["typical"],
+        "name": field.name,
+        "feature": field.feature,
+        "kind": field.kind,
+        "meaning": field.meaning,
+        "window_days": field.window or None,
+        "typical": field.typical,
         **limits,
     }

@@ -177,6 +177,8 @@ def load_release(folder: Path, known: Sequence[Package] = ()) -> Release:
     loaded = {package.name: package for package in known}
 
     def package(name: str) -> Package:
+        if Path(name).name != name:
+            raise SavedModelError(f"{folder / RELEASE}: {name!r} is not the name of a package")
         return loaded.get(name) or load_package(folder / PACKAGES / name)
 
     champion = package(file.champion)
@@ -195,7 +197,7 @@ def load_package(folder: Path) -> Package:
     Raises:
         SavedModelError: when a file is missing, cut short, changed, or of an unknown format or kind.
     """
-    if folder.name != Path(folder.name).name or not folder.is_dir():
+    if not folder.is_dir():
         raise SavedModelError(f"{folder}: there is no such package")
     content = read_verified(folder, FORMAT, CAMPAIGN)
     model = load_model(folder / MODEL)

@@ -78,7 +78,6 @@ class Answered:
     """A body to send, and what is to be logged once it is sent."""
 
     body: bytes
-    endpoint: str = ""
     release: Release | None = None
     scored: list[Scored] = field(default_factory=list[Scored])
 
@@ -90,7 +89,7 @@ async def predict(release: Release, store: OnlineStore | None, body: bytes, requ
         Problem: 422 for the body, 503 when features are needed and the online store does not answer.
     """
     scored = await _score_with_store(release, store, release.inputs.parse(body), request_id)
-    return Answered(_encode(_answer(release, scored)), "predict", release, [scored])
+    return Answered(_encode(_answer(release, scored)), release, [scored])
 
 
 async def predict_batch(
@@ -103,19 +102,18 @@ async def predict_batch(
     """
     rows = release.inputs.parse_rows(body)
     charge(len(rows) - 1)
-    wanted = [row.key for row in rows if row.key is not None and row.given < len(row.values)]
+    wanted = [row.key for row in rows if row.key is not None and row.is_incomplete]
     found = await _find(store, wanted) if wanted else None
-    positions = iter(range(len(wanted)))
+    stored = iter(found.rows if found is not None else ())
     scored: list[Scored] = []
     answers: list[Any] = []
     for i, row in enumerate(rows):
-        is_wanted = row.key is not None and row.given < len(row.values)
-        online = found.rows[next(positions)] if found is not None and is_wanted else None
+        online = next(stored, None) if row.key is not None and row.is_incomplete else None
         scored.append(_score(release, row, found, online, f"{request_id}-{i}"))
         answers.append(_answer(release, scored[-1]))
         if i % _ROWS_A_TURN == _ROWS_A_TURN - 1:
             await asyncio.sleep(0)
-    return Answered(_encode({"predictions": answers, "request_id": request_id}), "predict_batch", release, scored)
+    return Answered(_encode({"predictions": answers, "request_id": request_id}), release, scored)
 
 
 async def predict_explained(release: Release, store: OnlineStore | None, body: bytes, request_id: str) -> Answered:
@@ -127,10 +125,10 @@ async def predict_explained(release: Release, store: OnlineStore | None, body: b
     scored = await _score_with_store(release, store, release.inputs.parse(body), request_id)
     values = release.own_values(scored.package, scored.values)
     answer = msgspec.json.decode(_encode(_answer(release, scored))) | explain(scored.package, scored.row, values)
-    return Answered(_encode(answer), "explain", release, [scored])
+    return Answered(_encode(answer), release, [scored])
 
 
-def log_answers(answered: Answered, log: PredictionLog) -> None:
+def log_answers(endpoint: str, answered: Answered, log: PredictionLog) -> None:
     """Write what was answered to the log; a shadow challenger scores now, when the answer is on its way."""
     release = answered.release
     if release is None:
@@ -143,7 +141,7 @@ def log_answers(answered: Answered, log: PredictionLog) -> None:
             scored.parsed.key,
             scored.package.name,
             scored.variant,
-            answered.endpoint,
+            endpoint,
             scored.probability,
             scored.row,
             scored.unseen,
@@ -167,7 +165,7 @@ def _shadow(release: Release, scored: Scored) -> dict[str, Any] | None:
 
 
 async def _score_with_store(release: Release, store: OnlineStore | None, parsed: Parsed, request_id: str) -> Scored:
-    if parsed.given == len(parsed.values) or parsed.key is None:
+    if parsed.key is None or not parsed.is_incomplete:
         return _score(release, parsed, None, None, request_id)
     found = await _find(store, [parsed.key])
     return _score(release, parsed, found, found.rows[0] if found else None, request_id)
@@ -188,7 +186,7 @@ def _score(
 ) -> Scored:
     values = parsed.values
     known: bool | None = None
-    if parsed.given < len(values) and parsed.key is not None:
+    if parsed.key is not None and parsed.is_incomplete:
         known = online is not None
     facts = found.facts if found is not None and online is not None else None
     if facts is not None and online is not None:
@@ -243,7 +241,7 @@ _NONE = msgspec.Raw(b"[]")
 def _origins(release: Release, scored: Scored) -> tuple[Any, Any]:
     """Names of the features without any value, and of those from the body and from the online store."""
     parsed, names = scored.parsed, release.inputs.names
-    if parsed.given == len(names):
+    if not parsed.is_incomplete:
         return _NONE, release.inputs.all_given
     given = [name for name, value in zip(names, parsed.values, strict=True) if value is not UNSET]
     if scored.facts is None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import ipaddress
 import json
 import os
 import re
@@ -115,6 +116,14 @@ def keys_file(folder: Path) -> Path:
     """Where the API keys are."""
     stated = os.environ.get("PROPENSITY_KEYS")
     return Path(stated) if stated else folder / KEYS
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is this machine's own; a name is none."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def serving_folder() -> Path:

@@ -5,11 +5,14 @@ one assignment. What cannot be loaded is refused and told; the last good one sta
 """
 
 import logging
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.serving.online import FILE, OnlineStore, RedisStore, SqliteStore
@@ -99,8 +102,6 @@ class Watcher:
     def _load_settings(self) -> None:
         settings = read_settings(self._folder)
         if self._default:
-            import msgspec
-
             settings = msgspec.structs.replace(settings, default_campaign=self._default)
         if settings.online_store != self.state.settings.online_store:
             self.state.stores = {}
@@ -116,7 +117,7 @@ class Watcher:
         release = load_release(folder, known)
         _ = release.positions  # computed here, not by the first request
         for package in release.packages:
-            _ = package.codes, package.reference, package.tiers, package.money, package.prior_shift, package.version
+            _ = package.codes, package.reference
         self.state.releases = {**self.state.releases, folder.name: release}
         versions = ", ".join(f"version {p.version} ({p.name})" for p in release.packages)
         logger.info("%s: serving %s, mode %s", folder.name, versions, release.file.mode)
@@ -136,10 +137,6 @@ class Watcher:
 
 
 def _open_sqlite(file: Path) -> SqliteStore:
-    import sqlite3
-
-    import msgspec
-
     try:
         return SqliteStore(file)
     except (sqlite3.Error, msgspec.MsgspecError, TypeError) as error:

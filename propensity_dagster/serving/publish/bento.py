@@ -41,7 +41,7 @@ def build_bento(home: Home) -> BentoReport:
         _copy_code(root / _CODE.name)
         packages = {file.parent.name: _copy_release(file.parent, root / ".propensity" / "serving") for file in releases}
         command = [sys.executable, "-m", "bentoml", "build", "--output", "tag", str(root)]
-        environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "true", "PROPENSITY_SERVING": ""}
+        environment = {**os.environ, "BENTOML_DO_NOT_TRACK": "true"}
         built = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if built.returncode:
         raise StorageError(f"bentoml build failed: {built.stderr.strip()[-2000:]}")

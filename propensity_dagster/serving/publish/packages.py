@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -200,22 +200,24 @@ def _population(campaign: Campaign, model: FittedModel, version: str, home: Home
             break  # an older one scored the newest snapshot: it is scored anew, below
         shift = float((file.schema_arrow.metadata or {}).get(PRIOR_SHIFT.encode(), b"0.0"))
         probabilities = file.read(["probability"])["probability"].to_numpy()
-        return _described(SCORES, snapshot, probabilities, shift, _sample(features, columns))
+        return _described(SCORES, snapshot, probabilities, shift, _sample_of(features, columns))
     for snapshot in reversed(lake.partitions("features", "snapshot")):
         features = lake.partition("features", "snapshot", snapshot)
         present = pq.read_schema(features).names
         if pq.read_metadata(features).num_rows and all(name in present for name in columns):
             batches = pq.ParquetFile(features).iter_batches(columns=columns)
             probabilities, shift = _rescored(campaign, model, batches)
-            return _described("features", snapshot, probabilities, shift, _sample(features, columns))
+            return _described("features", snapshot, probabilities, shift, _sample_of(features, columns))
     if not lake.file(TRAINING_SET).exists():
         raise DataContractError(f"{campaign.name}: there is nothing to compare a score with: no scores, no features")
     test = read_split(lake.file(TRAINING_SET), TEST, folds_of(campaign)[0])
-    probabilities, shift = _rescored(campaign, model, iter(test.to_batches()))
-    return _described("test rows", None, probabilities, shift, _thinned(test.select(columns)))
+    probabilities, shift = _rescored(campaign, model, test.to_batches())
+    return _described(
+        "test rows", None, probabilities, shift, _sample(test.select(columns).to_batches(), test.num_rows)
+    )
 
 
-def _rescored(campaign: Campaign, model: FittedModel, batches: Iterator[pa.RecordBatch]) -> tuple[Floats, float]:
+def _rescored(campaign: Campaign, model: FittedModel, batches: Iterable[pa.RecordBatch]) -> tuple[Floats, float]:
     z = np.concatenate([model.log_odds(model.contract.encode(batch)) for batch in batches])
     shift = 0.0
     if campaign.prior.adapt:
@@ -235,16 +237,13 @@ def _described(
     return _Population(source, str(snapshot) if snapshot else "test", n, ordered, shift, sample)
 
 
-def _sample(file: Path, columns: list[str]) -> pa.Table:
-    """About 20,000 rows, evenly spaced, whatever the size of the file."""
+def _sample(batches: Iterable[pa.RecordBatch], total: int) -> pa.Table:
+    """About 20,000 of `total` rows, evenly spaced, whatever their number."""
+    stride = max(1, total // _SAMPLE_ROWS)
+    taken = [batch.take(pa.array(np.arange(0, batch.num_rows, stride))) for batch in batches]
+    return pa.Table.from_batches(taken).combine_chunks()
+
+
+def _sample_of(file: Path, columns: list[str]) -> pa.Table:
     source = pq.ParquetFile(file)
-    stride = max(1, source.metadata.num_rows // _SAMPLE_ROWS)
-    tables = []
-    for batch in source.iter_batches(columns=columns):
-        tables.append(pa.Table.from_batches([batch.take(pa.array(np.arange(0, batch.num_rows, stride)))]))
-    return pa.concat_tables(tables).combine_chunks()
-
-
-def _thinned(table: pa.Table) -> pa.Table:
-    stride = max(1, table.num_rows // _SAMPLE_ROWS)
-    return table.take(pa.array(np.arange(0, table.num_rows, stride)))
+    return _sample(source.iter_batches(columns=columns), source.metadata.num_rows)

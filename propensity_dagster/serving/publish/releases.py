@@ -1,10 +1,8 @@
 """Releases: which packages of a campaign answer. Written by promotion, rollback, the nightly run and the operator."""
 
-import fcntl
 import json
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from propensity_dagster.campaign import ROW_NUMBER, Campaign
-from propensity_dagster.data.lake import Home, publish_text
+from propensity_dagster.data.lake import Home, locked, publish_text
 from propensity_dagster.errors import ConfigError, SavedModelError
 from propensity_dagster.registry.store import ModelStore, Version
 from propensity_dagster.serving.packages import PACKAGES, RELEASE, ReleaseFile, read_release_file
@@ -51,7 +49,7 @@ def publish_release(campaign: Campaign, home: Home, store: ModelStore) -> Releas
         name = build_package(campaign, champion, home, store)
         release = _with_champion(before or ReleaseFile(name), name)
         if release.challenger is not None:
-            challenger = _version(campaign, store, version_of(release.challenger))
+            challenger = store.version(campaign.name, version_of(release.challenger))
             release = msgspec.structs.replace(release, challenger=build_package(campaign, challenger, home, store))
         return _write(campaign, home, release)
 
@@ -112,18 +110,11 @@ def _with_champion(release: ReleaseFile, name: str) -> ReleaseFile:
 
 def _challenger(campaign: Campaign, store: ModelStore, version: str | None) -> Version:
     if version is not None:
-        return _version(campaign, store, version)
+        return store.version(campaign.name, version)
     found = [v for v in store.versions(campaign.name) if "champion" not in v.aliases]
     if not found:
         raise ConfigError(f"{campaign.name}: there is no version beside the champion; train one first")
     return found[-1]
-
-
-def _version(campaign: Campaign, store: ModelStore, version: str) -> Version:
-    known = {v.version: v for v in store.versions(campaign.name)}
-    if version not in known:
-        raise ConfigError(f"{campaign.name}: there is no version {version}; there are {', '.join(known) or 'none'}")
-    return known[version]
 
 
 def _present(campaign: Campaign, home: Home) -> ReleaseFile | None:
@@ -137,30 +128,27 @@ def _present(campaign: Campaign, home: Home) -> ReleaseFile | None:
 
 
 def _newest_package(campaign: Campaign, home: Home, version: str) -> str | None:
-    found = sorted(_packages(campaign, home), key=lambda path: path.stat().st_mtime)
-    return next((path.name for path in reversed(found) if version_of(path.name) == version), None)
+    return next((path.name for path in reversed(_packages(campaign, home)) if version_of(path.name) == version), None)
 
 
 def _packages(campaign: Campaign, home: Home) -> list[Path]:
+    """Oldest first."""
     folder = home.serving / campaign.name / PACKAGES
-    return [path for path in folder.glob("v*-*") if path.is_dir()]
+    found = (path for path in folder.glob("v*-*") if path.is_dir())
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
 def _write(campaign: Campaign, home: Home, release: ReleaseFile) -> ReleaseReport:
     text = json.dumps(msgspec.to_builtins(release), indent=1)
     publish_text(text, home.serving / campaign.name / RELEASE)
     used = {release.champion, release.challenger}
-    others = sorted(_packages(campaign, home), key=lambda path: path.stat().st_mtime)
-    for path in [p for p in others if p.name not in used][:-_KEPT_PACKAGES]:
+    for path in [p for p in _packages(campaign, home) if p.name not in used][:-_KEPT_PACKAGES]:
         shutil.rmtree(path, ignore_errors=True)
     challenger = version_of(release.challenger) if release.challenger else None
     return ReleaseReport(version_of(release.champion), release.champion, challenger, release.mode)
 
 
-@contextmanager
-def _alone(campaign: Campaign, home: Home) -> Generator[None]:
+def _alone(campaign: Campaign, home: Home) -> AbstractContextManager[None]:
     folder = home.serving / campaign.name
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    return locked(folder / ".lock")

@@ -1,6 +1,5 @@
 """What `propensity serve` starts, after what would go wrong later has been told."""
 
-import ipaddress
 import logging
 import socket
 import sys
@@ -8,7 +7,7 @@ import sys
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError
 from propensity_dagster.serving.packages import RELEASE
-from propensity_dagster.serving.settings import read_keys, read_settings
+from propensity_dagster.serving.settings import is_loopback, read_keys, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +35,12 @@ def serving_command(home: Home, default_campaign: str | None, host: str, port: i
         )
     if not released:
         logger.warning("there is no champion yet: the service answers 503 until one is promoted")
-    if not keys.entries and not _is_loopback(host):
+    if not keys.entries and host != "localhost" and not is_loopback(host):
         raise ConfigError(f"--host {host} is open to other machines: make an API key first: propensity key add NAME")
     _require_free(host, port)
     # `python -m` and not the script: a virtual environment need not be activated.
     service = "propensity_dagster.serving.service:Propensity"
     return [sys.executable, "-m", "bentoml", "serve", service, "--host", host, "--port", str(port)]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _require_free(host: str, port: int) -> None:
