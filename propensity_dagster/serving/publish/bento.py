@@ -66,9 +66,9 @@ def _copy_release(folder: Path, target: Path) -> str:
 
 
 def _megabytes(tag: str) -> float:
-    command = [sys.executable, "-m", "bentoml", "get", tag, "--output", "path"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    folder = Path(shown.stdout.strip())
-    if shown.returncode or not folder.is_dir():
-        return 0.0
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+    # Not `bentoml get`: it breaks a long path into lines.
+    program = "import bentoml, sys; print(bentoml.get(sys.argv[1]).path)"
+    shown = subprocess.run([sys.executable, "-c", program, tag], capture_output=True, text=True, check=False)
+    if shown.returncode:
+        raise StorageError(f"bentoml built {tag} but does not find it: {shown.stderr.strip()[-2000:]}")
+    return sum(file.stat().st_size for file in Path(shown.stdout.strip()).rglob("*") if file.is_file()) / 1e6
