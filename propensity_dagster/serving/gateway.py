@@ -15,7 +15,7 @@ import re
 import resource
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from propensity_dagster.serving.packages import Release
 from propensity_dagster.serving.prediction_log import PredictionLog
 from propensity_dagster.serving.predictions import Answered, log_answers, predict, predict_batch, predict_explained
 from propensity_dagster.serving.problems import Problem
+from propensity_dagster.serving.protocol import answer_through
 from propensity_dagster.serving.settings import ApiKey, is_loopback, predictions_folder, serving_folder
 from propensity_dagster.serving.watch import Watcher
 
@@ -137,6 +138,7 @@ class Gateway:
     def _start(self) -> None:
         _show_log()
         _raise_file_limit()
+        answer_through(self)
         folder = run_folder()
         self._measures = Measures(folder, self._state)
         self._rates = RateLimit(folder / "rates")
@@ -178,14 +180,11 @@ class Gateway:
             await self._no_request(scope, receive, send)
             return
         started = time.perf_counter()
-        number = next(self._numbers)
         headers = _Headers(scope["headers"])
-        request_id = headers.request_id or f"{self._prefix}{number:08x}"
+        number, request_id = self._number(headers)
         route: Route | None = None
         name: str | None = None
-        answered: Answered | None = None
         in_hand: _InHand | None = None
-        problem: Problem | None = None
         try:
             route, name = _find_route(scope)
             self._admit(scope, headers, route)
@@ -193,25 +192,84 @@ class Gateway:
                 await self._app(scope, receive, send)
                 return
             in_hand = self._take(number)
-            answered = await self._answer(receive, headers, route, name, request_id, in_hand)
-        except Problem as found:
-            problem = found
+            answer = await self._answer(receive, headers, route, name, request_id, in_hand)
+        except Problem as problem:
+            answer = problem
         except asyncio.CancelledError:
             if in_hand is None or not in_hand.late:
                 raise
-            problem = _late(in_hand)
+            answer = _late(in_hand)
         except Exception as error:
-            # Never the message: it may hold what was sent.
-            where = _where(error)
-            logger.error("%s: %s at %s (request %s)", scope["path"][:100], type(error).__name__, where, request_id)
-            problem = Problem(500, "internal_error", "an error of ours; it is in the server's log")
+            answer = _failed(error, scope["path"], request_id)
         finally:
             self._in_hand.pop(number, None)
-        if answered is not None and route is not None:
-            status, body, extra, content_type = 200, answered.body, (), _TYPES.get(route.handler, _JSON)
+        status, sent, body = self._reply(answer, route, headers, request_id)
+        await send({"type": "http.response.start", "status": status, "headers": sent})
+        if _CLOSE in sent:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await _drain(receive)
+            body = b""
+        await send({"type": "http.response.body", "body": body})
+        self._finish(route, name, status, started, answer)
+
+    def release_now(self, path: bytes) -> Release | None:
+        """Who answers a `POST` to this path from memory alone; None where that takes a task, or is no prediction."""
+        state = self._state
+        if path == b"/predict":
+            name = state.default_campaign
+        elif path.startswith(b"/campaigns/") and path.endswith(b"/predict"):
+            name = path[11:-8].decode("latin-1")
         else:
-            assert problem is not None
-            status, body, extra, content_type = problem.status, problem.body(request_id), problem.headers, _JSON
+            return None
+        release = state.releases.get(name) if name is not None else None
+        if release is None or len(self._in_hand) >= state.settings.max_concurrency:
+            return None
+        store = state.stores.get(release.campaign)
+        return release if store is None or not store.waits else None
+
+    def answer_now(
+        self,
+        scope: Scope,
+        release: Release,
+        path: bytes,
+        body: bytes,
+        write: Callable[[int, list[Header], bytes], None],
+    ) -> None:
+        """Answer a prediction whose body is there, without a task: what `__call__` would, byte for byte."""
+        started = time.perf_counter()
+        headers = _Headers(scope["headers"])
+        _, request_id = self._number(headers)
+        route = _CAMPAIGN_ROUTES["predict"]
+        try:
+            self._admit(scope, headers, route)
+            _require_json(headers)
+            limit = self._state.settings.max_body_bytes
+            if len(body) > limit:
+                raise _too_large(limit)
+            store = self._state.stores.get(release.campaign)
+            answer = _without_waiting(predict(release, store, body, request_id))
+        except Problem as problem:
+            answer = problem
+        except Exception as error:
+            answer = _failed(error, path.decode("latin-1"), request_id)
+        status, sent, body = self._reply(answer, route, headers, request_id)
+        write(status, sent, body)
+        name = release.campaign if len(path) > len(b"/predict") else None
+        self._finish(route, name, status, started, answer)
+
+    def _number(self, headers: "_Headers") -> tuple[int, str]:
+        number = next(self._numbers)
+        return number, headers.request_id or f"{self._prefix}{number:08x}"
+
+    def _reply(
+        self, answer: Answered | Problem, route: Route | None, headers: "_Headers", request_id: str
+    ) -> tuple[int, list[Header], bytes]:
+        """Status, headers and body."""
+        if isinstance(answer, Problem):
+            status, body, content_type, extra = answer.status, answer.body(request_id), _JSON, answer.headers
+        else:
+            assert route is not None
+            status, body, content_type, extra = 200, answer.body, _TYPES.get(route.handler, _JSON), ()
         sent = [
             content_type,
             (b"content-length", b"%d" % len(body)),
@@ -220,20 +278,16 @@ class Gateway:
         ]
         if headers.origin and headers.origin.decode("latin-1") in self._state.settings.cors_origins:
             sent += [(b"access-control-allow-origin", headers.origin), (b"vary", b"Origin")]
-        await send({"type": "http.response.start", "status": status, "headers": sent})
-        if _CLOSE in extra:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            await _drain(receive)
-            body = b""
-        await send({"type": "http.response.body", "body": body})
-        self._measures.request(route.name if route else "none", name, status, time.perf_counter() - started)
-        if (
-            answered is not None
-            and route is not None
-            and self._log is not None
-            and self._state.settings.log_predictions
-        ):
-            log_answers(route.name, answered, self._log)
+        return status, sent, body
+
+    def _finish(
+        self, route: Route | None, name: str | None, status: int, started: float, answer: Answered | Problem
+    ) -> None:
+        """Count and log what was sent."""
+        endpoint = route.name if route else "none"
+        self._measures.request(endpoint, name, status, time.perf_counter() - started)
+        if self._log is not None and isinstance(answer, Answered) and self._state.settings.log_predictions:
+            log_answers(endpoint, answer, self._log)
 
     def _admit(self, scope: Scope, headers: "_Headers", route: Route) -> None:
         """Methods, keys and rates, before a byte of the body is read."""
@@ -502,6 +556,22 @@ async def _drain(receive: Receive) -> None:
 def _released(request: Request) -> Release:
     assert request.release is not None
     return request.release
+
+
+def _failed(error: Exception, path: str, request_id: str) -> Problem:
+    # Never the message: it may hold what was sent.
+    logger.error("%s: %s at %s (request %s)", path[:100], type(error).__name__, _where(error), request_id)
+    return Problem(500, "internal_error", "an error of ours; it is in the server's log")
+
+
+def _without_waiting(answering: Coroutine[Any, Any, Answered]) -> Answered:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        answering.send(None)
+    except StopIteration as done:
+        return done.value
+    answering.close()
+    raise RuntimeError("a store that said it does not wait did")
 
 
 def _where(error: BaseException) -> str:

@@ -46,7 +46,9 @@ class OnlineUnavailableError(Exception):
 
 
 class OnlineStore(Protocol):
-    """Where features of known customers are read."""
+    """Where features of known customers are read. One that `waits` needs an event loop and a task to be read in."""
+
+    waits: bool
 
     async def find(self, keys: Sequence[str]) -> Found | None:
         """Their rows; None when nothing has been published.
@@ -59,6 +61,8 @@ class OnlineStore(Protocol):
 
 class SqliteStore:
     """Reads a published file. It never changes: a new snapshot is a new file in its place."""
+
+    waits = False
 
     def __init__(self, file: Path) -> None:
         self._connection = sqlite3.connect(f"file:{file}?mode=ro&immutable=1", uri=True, check_same_thread=False)
@@ -80,6 +84,8 @@ class SqliteStore:
 
 class RedisStore:
     """Reads a hash per snapshot; a pointer says which. Made for the event loop of one worker."""
+
+    waits = True
 
     def __init__(self, url: str, campaign: str) -> None:
         import redis.asyncio

@@ -12,9 +12,9 @@ os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 import bentoml
 
 from propensity_dagster.serving.gateway import Gateway
-from propensity_dagster.serving.protocol import use_joined_writes
+from propensity_dagster.serving.protocol import use_quick_protocol
 
-use_joined_writes()
+use_quick_protocol()
 
 
 class _GatewayService(bentoml.Service):  # pyright: ignore[reportMissingTypeArgument, reportUntypedBaseClass]
