@@ -4,23 +4,26 @@ It has no `@bentoml.api` and no `depends()`: typed endpoints repeat a body in th
 accept pickled bodies. The gateway answers; BentoML runs the workers, the documentation page and the packaging.
 """
 
+import gc
 import os
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before LightGBM's library loads: threads that spin cost milliseconds
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+gc.disable()  # until the end of the module: collections are a tenth of the time that importing BentoML takes
 
-import bentoml
-
-from propensity_dagster.serving.gateway import Gateway
-from propensity_dagster.serving.protocol import use_quick_protocol
-
-use_quick_protocol()
+import bentoml  # noqa: E402
 
 
 class _GatewayService(bentoml.Service):  # pyright: ignore[reportMissingTypeArgument, reportUntypedBaseClass]
     """A service whose application is the gateway, outside of all of BentoML's middleware."""
 
-    def to_asgi(self, is_main: bool = True) -> Gateway:
+    def to_asgi(self, is_main: bool = True) -> Any:
+        # Not above: the parent process imports this module too, and never answers.
+        from propensity_dagster.serving.gateway import Gateway
+        from propensity_dagster.serving.protocol import use_quick_protocol
+
+        use_quick_protocol()
         return Gateway(super().to_asgi(is_main))
 
 
@@ -40,3 +43,6 @@ def _workers() -> int:
 )
 class Propensity:
     """Everything is in the gateway."""
+
+
+gc.enable()
