@@ -17,6 +17,7 @@ from propensity_dagster.campaign_sections import (
     ColumnOutcome,
     Eligibility,
     EventSource,
+    Explanations,
     Features,
     Fraction,
     Frozen,
@@ -61,6 +62,7 @@ class Campaign(Frozen):
     segments: tuple[str, ...] = ()
     tiers: Tiers = Tiers()
     holdout: Holdout = Holdout()
+    explanations: Explanations = Explanations()
     target: Target | None = None
     schedule: Schedule = Schedule()
     gate: Gate = Gate()

@@ -341,6 +341,31 @@ class Tiers(Frozen):
         return self
 
 
+class Explanations(Frozen):
+    """Reasons beside every score: how many, for whom, in which words. See explain/reasons.py.
+
+    `sentences` are the campaign's own, by feature, with `{value}` and `{typical}`; `hidden` features are not for
+    customers' eyes and never become a reason.
+    """
+
+    reasons: Annotated[int, Field(ge=0, le=5)] = 5
+    above_percentile: Fraction = 0.0
+    sentences: dict[str, str] = {}
+    hidden: tuple[str, ...] = ()
+
+    @field_validator("sentences")
+    @classmethod
+    def _known_places(cls, value: dict[str, str]) -> dict[str, str]:
+        for feature, sentence in value.items():
+            wrong = [p for p in re.findall(r"\{[^{}]*\}", sentence) if p not in ("{value}", "{typical}")]
+            if wrong or "\n" in sentence or not 0 < len(sentence) <= 200:
+                raise ValueError(
+                    f"sentences.{feature}: must be one line of at most 200 characters with {{value}} and {{typical}}, "
+                    f"got {sentence[:60]!r}"
+                )
+        return value
+
+
 class Holdout(Frozen):
     """Share of entities deliberately not contacted."""
 

@@ -111,7 +111,15 @@ source:
 outcome: {stream: orders, horizon_days: 14}
 eligibility: {active_within_days: 90, streams: [orders, visits]}
 snapshots: {every: 7d, train: 8, validate: 3, test: 3}
-features: {windows_days: [7, 30, 90], names: {total_purchases: orders_count_all}}
+features:
+  windows_days: [7, 30, 90]
+  names:
+    total_purchases: orders_count_all
+    avg_order_value: orders_amount_mean_all
+    days_since_last_purchase: orders_recency_days
+    email_open_rate: emails_open_rate_90d
+    website_visits_30d: visits_count_30d
+    tenure_months: tenure_months
 models:
   - baseline
   - logistic_regression
@@ -119,6 +127,9 @@ models:
   - neural_network: {max_epochs: 2}
   - ensemble
 value: {margin_per_conversion: 22.5, cost_per_contact: 0.4}
+explanations:
+  hidden: [visits_recency_days]
+  sentences: {visits_pages_sum_90d: "viewed {value} pages in the last 90 days, typically {typical}"}
 segments: [country]
 max_bad_fraction: 0.9
 min_converters: 100

@@ -22,7 +22,7 @@ def reference(world, as_of: date, late_days: int = 0) -> dict[str, dict]:
         if not _eligible(entity, visible, t, cut):
             continue
         days = (as_of - entity["signup_at"].date()).days
-        row = {"tenure_days": days, "tenure_months": days / MONTH, "age": entity["age"], "country": entity["country"]}
+        row = {"tenure_months": days / MONTH, "age": entity["age"], "country": entity["country"]}
         row |= _orders(visible["orders"], t, cut)
         row |= _emails(visible["emails"], t, cut)
         row["converted"] = any(

@@ -63,7 +63,7 @@ def test_the_worker_imports_what_the_bento_holds(file):
     assert others <= WORKER_PACKAGES
     for name in found:
         if name.startswith("propensity_dagster."):
-            assert name.split(".")[1] in ("errors", "manifest", "serving")
+            assert name.split(".")[1] in ("errors", "manifest", "serving", "wording")
             assert not name.startswith("propensity_dagster.serving.publish")
 
 

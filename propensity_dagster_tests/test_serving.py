@@ -17,11 +17,13 @@ import httpx
 import msgspec
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.scoring.batch import score_snapshot
+from propensity_dagster.serving.online import sqlite_facts
 from propensity_dagster.serving.packages import ReleaseFile
 from propensity_dagster.serving.publish.online_features import publish_online_features
 from propensity_dagster.serving.publish.packages import build_package
@@ -29,7 +31,7 @@ from propensity_dagster.serving.publish.prediction_log import ingest_predictions
 from propensity_dagster.serving.publish.releases import publish_release, set_rollout
 from propensity_dagster.serving.settings import Settings
 
-from .conftest import KINDS
+from .conftest import KINDS, SMALL
 from .served import Service, free_port, wait_until
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -47,9 +49,13 @@ def newest(home: Home) -> date:
 def features_of(home: Home) -> list[dict]:
     """Feature rows of the scored snapshot, by the names the outside knows."""
     table = pq.read_table(home.lake("small").partition("features", "snapshot", newest(home)))
-    return [
-        {("total_purchases" if k == "orders_count_all" else k): v for k, v in row.items()} for row in table.to_pylist()
-    ]
+    return [outward(row) for row in table.to_pylist()]
+
+
+def outward(row: dict) -> dict:
+    """The row under the names that the campaign file gives its features."""
+    names = {feature: name for name, feature in yaml.safe_load(SMALL)["features"]["names"].items()}
+    return {names.get(feature, feature): value for feature, value in row.items()}
 
 
 def scores_of(home: Home) -> dict[str, dict]:
@@ -95,6 +101,18 @@ def test_a_known_customer_needs_only_its_id(service):
         assert answer["model_version"] == wanted["model_version"]
 
 
+def test_the_curl_of_the_readme(service):
+    """As it is printed, but for the port."""
+    (command,) = re.findall(r"```console\n(curl .*?)```", README, re.DOTALL)
+    command = command.replace("localhost:3000", f"localhost:{service.port}")
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=30)
+    answer = json.loads(shown.stdout)
+    assert 0 < answer["probability"] < 1
+    assert set(answer["features_from"]["request"]) == set(json.loads(command.split("-d '")[1].split("'")[0])) - {
+        "customer_id"
+    }
+
+
 def test_values_of_the_body_win(service):
     row = features_of(service.lake_home)[0]
     key = row["customer_id"]
@@ -103,10 +121,10 @@ def test_values_of_the_body_win(service):
     assert same["probability"] == plain["probability"]
     assert same["features_from"]["request"] == ["total_purchases"]
     assert "total_purchases" not in same["features_from"]["online"]
-    other = service.ok("/predict", {"customer_id": key, "orders_recency_days": 1, "visits_recency_days": 1})
+    other = service.ok("/predict", {"customer_id": key, "days_since_last_purchase": 1, "visits_recency_days": 1})
     assert other["probability"] != plain["probability"]
-    null = service.ok("/predict", {"customer_id": key, "orders_recency_days": None})
-    assert null["features_from"]["request"] == ["orders_recency_days"], "null is a value: known to be empty"
+    null = service.ok("/predict", {"customer_id": key, "days_since_last_purchase": None})
+    assert null["features_from"]["request"] == ["days_since_last_purchase"], "null is a value: known to be empty"
 
 
 def test_an_unknown_customer_is_scored_and_flagged(service):
@@ -157,8 +175,9 @@ def test_explanations_add_up_and_are_words(service):
         assert sizes == sorted(sizes, reverse=True)
         for reason in answer["reasons"]:
             assert reason["value"] == row[reason["feature"]]
-            assert reason["direction"] in reason["sentence"]
+            assert reason["direction"] in reason["sentence"] or reason["sentence"].startswith("viewed ")
             assert "typically" in reason["sentence"]
+            assert reason["feature"] != "visits_recency_days", "hidden in the campaign file"
 
 
 def test_the_model_tells_about_itself(service):
@@ -420,7 +439,7 @@ def test_every_answer_is_in_the_log_after_a_normal_stop(registered, how):
         assert (row["key"], row["variant"]) == (answer["customer_id"], answer["variant"])
         assert row["model_version"] == answer["model_version"]
         if answer is not answers[-1]:
-            used = {("total_purchases" if k == "orders_count_all" else k): v for k, v in row["features"].items()}
+            used = outward(row["features"])
             assert used == {k: v for k, v in stored[row["key"]].items() if k != "customer_id"}
     last = logged[answers[-1]["request_id"]]
     assert (last["features"]["age"], last["features"]["country"]) == (47, None)
@@ -571,6 +590,16 @@ def test_a_newer_snapshot_replaces_the_online_features(registered):
         publish_online_features(campaign, newest(home), home)
         wait_until(lambda: running.ok("/predict", {"customer_id": key})["online"]["snapshot"] == str(newest(home)))
         assert publish_online_features(campaign, older, home).skipped
+
+
+def test_a_broken_file_of_online_features_is_replaced(registered):
+    campaign, home = registered.campaign, registered.home
+    publish_release(campaign, home, registered.store)
+    file = home.serving / "small" / "online.sqlite"
+    for spoiled in (b"", b"no database", file.read_bytes()[:5000]):
+        file.write_bytes(spoiled)
+        assert publish_online_features(campaign, newest(home), home).rows == len(scores_of(home))
+        assert sqlite_facts(file) is not None
 
 
 def test_settings_that_are_wrong_are_told(registered):

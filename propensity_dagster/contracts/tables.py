@@ -109,10 +109,36 @@ def scores_contract(campaign: Campaign) -> pa.DataFrameSchema:
             "campaign": pa.Column(str, nullable=False, description="campaign name"),
             "model_version": pa.Column(str, nullable=False, description="registry version of the champion"),
             "scored_at": pa.Column("datetime64[us]", nullable=False, description="when computed, UTC"),
+            **_reason_contract(campaign),
         },
         strict=True,
         name="scores",
     )
+
+
+def reason_columns(campaign: Campaign) -> list[str]:
+    """Names of the score columns that say why, the strongest reason first."""
+    parts = ("", "_direction", "_contribution", "_value", "_typical", "_sentence")
+    return [f"reason_{i}{part}" for i in range(1, campaign.explanations.reasons + 1) for part in parts]
+
+
+def _reason_contract(campaign: Campaign) -> dict[str, Any]:
+    words = {
+        "direction": "raises or lowers the probability",
+        "contribution": "to the calibrated log-odds",
+        "value": "of this customer",
+        "typical": "of the scored population",
+        "sentence": "the reason in words",
+    }
+    found: dict[str, Any] = {}
+    for name in reason_columns(campaign):
+        part = name.split("_", 2)[2] if name.count("_") > 1 else ""
+        checks = [pa.Check.isin(["raises", "lowers"])] if part == "direction" else []
+        kind = float if part == "contribution" else str
+        found[name] = pa.Column(
+            kind, checks, nullable=True, description=words.get(part, "feature that moved the score")
+        )
+    return found
 
 
 def _attribute_column(kind: str, attribute: Attribute) -> pa.Column:

@@ -36,6 +36,7 @@ class Feature:
         stream: the event log it comes from, or "".
         expression: from the joined aggregates to the column.
         minimum: values below it cannot be; None where they can, or where the campaign file says.
+        source: the column of the source tables it comes from, `table.column`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Feature:
     stream: str
     expression: Callable[[ir.Table], Any]
     minimum: float | None = 0.0
+    source: str = ""
 
 
 def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) -> list[Feature]:
@@ -57,8 +59,9 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
     Raises:
         ConfigError: when `features.names` points at a feature that does not exist.
     """
+    entities = campaign.source.entities.table or campaign.source.entities.stream
     features = [
-        Feature("tenure_days", "days since first known", "number", "", "", lambda x: x.tenure_days),
+        # Not also in days: a caller who sends the one would contradict the other, and each would be half a reason.
         Feature(
             "tenure_months",
             "months (of 30.4375 days) since first known",
@@ -66,12 +69,14 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
             "",
             "",
             lambda x: x.tenure_days.cast("float64") / DAYS_PER_MONTH,
+            source=f"{entities}.{campaign.source.entities.created_at or 'first event'}",
         ),
     ]
     for name, kind in attribute_types.items():
         words = ", protected: no model sees it" if name in campaign.protected else ""
         column = _column(f"attribute__{name}")
-        features.append(Feature(name, f"attribute {name}{words}", kind, "", "", column, minimum=None))
+        source = f"{entities}.{name}"
+        features.append(Feature(name, f"attribute {name}{words}", kind, "", "", column, minimum=None, source=source))
     for name, stream in campaign.source.streams.items():
         features += _stream_features(campaign, name, stream)
     known = {feature.name for feature in features}
@@ -120,13 +125,17 @@ def _stream_features(campaign: EventCampaign, name: str, stream: Stream) -> list
     features: list[Feature] = []
     windows = [*(f"{w}d" for w in campaign.features.windows_days), ALL]
     longest = f"{campaign.longest_window}d"
+    columns = {measure: measure for measure in (*stream.measures, *stream.categories)}
+    columns |= dict.fromkeys(stream.types, stream.type or "") | ({"amount": stream.amount} if stream.amount else {})
 
     def add(suffix: str, meaning: str, window: str, expression: Callable[[ir.Table], Any]) -> None:
         shown = window.removesuffix("d")
         # Refunds: an amount may be negative where the campaign file lets it.
         below_zero = stream.minimum_amount is None or stream.minimum_amount < 0
         minimum = None if suffix.startswith("amount_") and below_zero else 0.0
-        features.append(Feature(f"{name}_{suffix}", meaning, "number", shown, name, expression, minimum))
+        column = next((c for word, c in columns.items() if suffix.startswith(f"{word}_")), stream.time)
+        source = f"{stream.table}.{column}"
+        features.append(Feature(f"{name}_{suffix}", meaning, "number", shown, name, expression, minimum, source))
 
     add("recency_days", f"days since the last of {name}", ALL, _days_since(f"{name}__last_{ALL}"))
     if stream.type:

@@ -1,19 +1,22 @@
 """Batch scoring of one snapshot. Memory does not grow with the number of customers.
 
 First pass: features stream through in Arrow batches into a matrix filled column by column, log-odds go to a
-temporary file. Second pass: exact global percentiles over the scores alone, by the engine's external
-sort, then the finished table.
+temporary file. Second pass: the reasons of all, or of the best. Third: exact global percentiles over the scores alone,
+by the engine's external sort, then the finished table.
 """
 
 # Ibis does not type the arithmetic of columns.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
+from __future__ import annotations
+
 import logging
 import tempfile
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ibis
 import numpy as np
@@ -22,13 +25,17 @@ import pyarrow.parquet as pq
 from scipy.special import expit
 
 from propensity_dagster.campaign import Campaign
-from propensity_dagster.contracts import scores_contract
+from propensity_dagster.contracts import reason_columns, scores_contract
 from propensity_dagster.data.engine import BATCH_ROWS, Engine
 from propensity_dagster.data.lake import Home, publishing
 from propensity_dagster.data.quarantine import count_violations
+from propensity_dagster.explain.population import sample_file
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.prior import LogOddsHistogram
+
+if TYPE_CHECKING:
+    from propensity_dagster.explain.reasons import ReasonCoder
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +100,12 @@ def score_snapshot(
     target = lake.partition(SCORES, "snapshot", snapshot)
     if target.exists():
         logger.info("scores %s: replacing %s earlier ones", snapshot, f"{pq.read_metadata(target).num_rows:,}")
+    coder = _reason_coder(campaign, features, model)
     with tempfile.TemporaryDirectory(prefix="propensity-scores-") as scratch:
-        raw = Path(scratch) / "probabilities.parquet"
+        raw = Path(scratch) / "log_odds.parquet"
         first = _write_log_odds(campaign, features, model, raw)
+        if coder is not None:
+            raw = _with_reasons(campaign, features, model, raw, coder)
         rows_in, shift = first.rows, 0.0
         if campaign.prior.adapt:
             shift = first.histogram.shift(model.facts["calibration_rate"], campaign.prior.max_odds_ratio)
@@ -105,7 +115,7 @@ def score_snapshot(
         rows, total, smallest, largest = 0, 0.0, np.inf, -np.inf
         with publishing(target) as temporary:
             for batch in engine.batches(ranked.order_by(campaign.key)):
-                table = _finish(campaign, snapshot, version, scored_at, batch, rows_in, shift)
+                table = _finish(campaign, snapshot, version, scored_at, batch, rows_in, shift, coder)
                 writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
                 writer.write_table(table)
                 probability = table["probability"].to_numpy()
@@ -114,11 +124,8 @@ def score_snapshot(
                 smallest, largest = min(smallest, probability.min()), max(largest, probability.max())
             if writer is None:
                 empty = pa.RecordBatch.from_pylist([], schema=_ranked_schema(campaign))
-                writer = pq.ParquetWriter(
-                    temporary,
-                    _finish(campaign, snapshot, version, scored_at, empty, 1, 0.0).schema,
-                    compression="zstd",
-                )
+                table = _finish(campaign, snapshot, version, scored_at, empty, 1, 0.0, None)
+                writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
             writer.close()
     logger.info("scores %s: %s rows, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
     if first.unseen:
@@ -141,6 +148,43 @@ class _FirstPass:
     rows: int
     histogram: LogOddsHistogram
     unseen: dict[str, int]
+
+
+def _reason_coder(campaign: Campaign, features: Path, model: FittedModel) -> ReasonCoder | None:
+    """None where no reasons are asked for, or nobody is there to have any."""
+    if not campaign.explanations.reasons or not pq.read_metadata(features).num_rows:
+        return None
+    from propensity_dagster.explain.reasons import ReasonCoder
+
+    present = pq.read_schema(features).names
+    if any(name not in present for name in model.contract.names):
+        return None  # scoring stops at that, and says what is missing
+    return ReasonCoder(campaign, model, sample_file(features, model.contract.names))
+
+
+def _with_reasons(campaign: Campaign, features: Path, model: FittedModel, raw: Path, coder: ReasonCoder) -> Path:
+    """A file beside `raw` with its rows and their reasons; of rows at or below `above_percentile` these are empty."""
+    z = pq.read_table(raw, columns=["log_odds"])["log_odds"].to_numpy()
+    least = int(campaign.explanations.above_percentile * len(z) + 1e-9)
+    cut_off = np.partition(z, least)[least] if least < len(z) else np.inf
+    target = raw.with_name("reasons.parquet")
+    scores = pq.ParquetFile(raw).iter_batches(batch_size=BATCH_ROWS)
+    rows = pq.ParquetFile(features).iter_batches(batch_size=BATCH_ROWS, columns=model.contract.names)
+    writer: pq.ParquetWriter | None = None
+    for scored, batch in zip(scores, rows, strict=True):
+        chosen = np.flatnonzero(scored.column("log_odds").to_numpy() >= cut_off)
+        found = coder.reasons(model.contract.encode(batch.take(pa.array(chosen)))).columns()
+        place = np.full(batch.num_rows, -1)
+        place[chosen] = np.arange(len(chosen))
+        at = pa.array(place, mask=place < 0)
+        table = pa.table({name: scored.column(name) for name in scored.schema.names})
+        for name, column in found.items():
+            table = table.append_column(name, column.take(at))
+        writer = writer or pq.ParquetWriter(target, table.schema, compression="lz4")
+        writer.write_table(table)
+    assert writer is not None  # nobody to explain has no coder
+    writer.close()
+    return target
 
 
 def _write_log_odds(campaign: Campaign, features: Path, model: FittedModel, file: Path) -> _FirstPass:
@@ -173,6 +217,7 @@ def _finish(
     batch: pa.RecordBatch,
     total: int,
     shift: float,
+    coder: ReasonCoder | None,
 ) -> pa.Table:
     probability = expit(batch.column("log_odds").to_numpy() + shift)
     percentile = batch.column("percentile").to_numpy()
@@ -199,5 +244,14 @@ def _finish(
             "campaign": pa.array([campaign.name]).take(same),
             "model_version": pa.array([version]).take(same),
             "scored_at": pa.array([scored_at], pa.timestamp("us")).take(same),
+            **(coder.worded(batch) if coder is not None else _no_reasons(campaign, n)),
         }
     ).replace_schema_metadata({PRIOR_SHIFT: repr(shift)})
+
+
+def _no_reasons(campaign: Campaign, rows: int) -> dict[str, pa.Array]:
+    """The columns of reasons, empty."""
+    return {
+        name: pa.nulls(rows, pa.float64() if name.endswith("_contribution") else pa.string())
+        for name in reason_columns(campaign)
+    }

@@ -1,7 +1,7 @@
 """Why a score: the features that moved it most, in log-odds that add up, and in words.
 
 Each feature is compared with a reference population, the newest scored one. Belongs here: choosing and wording
-reasons. How contributions are computed is each scorer's own affair.
+reasons, of features that are for customers' eyes. How contributions are computed is each scorer's own affair.
 """
 
 import math
@@ -12,6 +12,7 @@ from msgspec import UNSET
 
 from propensity_dagster.serving.inputs import Input
 from propensity_dagster.serving.packages import Package
+from propensity_dagster.wording import reason_sentence
 
 REASONS = 5
 
@@ -28,7 +29,8 @@ def explain(package: Package, row: list[float], values: Sequence[Any]) -> dict[s
     """
     base, shares = package.model.contributions(row, package.reference)
     base += package.prior_shift
-    order = sorted(range(len(shares)), key=lambda i: -abs(shares[i]))[:REASONS]
+    shown = [i for i, field in enumerate(package.inputs) if not field.hidden]
+    order = sorted(shown, key=lambda i: -abs(shares[i]))[: package.content.get("reasons", REASONS)]
     chosen = [i for i in order if shares[i] != 0]
     reasons = [_reason(package.inputs[i], values[i], float(shares[i])) for i in chosen]
     total = float(shares.sum())
@@ -49,23 +51,7 @@ def _reason(field: Input, value: Any, contribution: float) -> dict[str, Any]:
         "typical": field.typical,
         "contribution": contribution,
         "direction": "raises" if contribution > 0 else "lowers",
-        "sentence": _sentence(field, given, contribution),
+        "sentence": reason_sentence(
+            field.template, field.meaning, field.window, given, field.typical, raises=contribution > 0
+        ),
     }
-
-
-def _sentence(field: Input, value: Any, contribution: float) -> str:
-    what = field.meaning[:1].upper() + field.meaning[1:]
-    if field.window == "all":
-        what += ", ever"
-    elif field.window:
-        what += f", last {field.window} days"
-    effect = "raises" if contribution > 0 else "lowers"
-    return f"{what}: {_words(value)}, typically {_words(field.typical)}. This {effect} the probability."
-
-
-def _words(value: Any) -> str:
-    if value is None:
-        return "none known"
-    if isinstance(value, str):
-        return value
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"

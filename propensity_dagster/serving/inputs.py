@@ -41,6 +41,8 @@ class Input:
     maximum: float
     categories: tuple[str, ...]
     typical: Any
+    template: str = ""
+    hidden: bool = False
 
 
 @dataclass(slots=True)

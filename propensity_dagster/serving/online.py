@@ -4,6 +4,7 @@ Rows are MessagePack arrays in the order of the columns that the facts list. Bot
 """
 
 import asyncio
+import logging
 import os
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
+
+from propensity_dagster.errors import ConfigError
+
+logger = logging.getLogger("propensity.serving")
 
 FILE = "online.sqlite"
 _CHUNK = 5_000
@@ -165,8 +170,24 @@ def write_redis(url: str, campaign: str, facts: Facts, rows: Iterable[tuple[str,
 
 
 def sqlite_facts(file: Path) -> Facts | None:
-    """What a file holds, if there is one."""
-    return SqliteStore(file).facts if file.exists() else None
+    """What a file holds, if there is one that can be read."""
+    try:
+        return open_sqlite(file).facts if file.exists() else None
+    except ConfigError as error:
+        logger.warning("%s; it is replaced", error)
+        return None
+
+
+def open_sqlite(file: Path) -> SqliteStore:
+    """The store of a published file.
+
+    Raises:
+        ConfigError: when it is no such file.
+    """
+    try:
+        return SqliteStore(file)
+    except (sqlite3.Error, msgspec.MsgspecError, TypeError) as error:
+        raise ConfigError(f"{file}: not a file of online features: {error}") from None
 
 
 def redis_facts(url: str, campaign: str) -> Facts | None:

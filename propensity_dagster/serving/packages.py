@@ -226,6 +226,8 @@ def _input(spec: dict[str, Any], stated: dict[str, Any]) -> Input:
         stated["maximum"],
         tuple(spec["categories"]),
         stated["typical"],
+        stated.get("template", ""),
+        stated.get("hidden", False),
     )
 
 

@@ -271,8 +271,8 @@ class _Network:
     """`models.network.NetworkScorer`."""
 
     tolerance = _FLOATING
-    _REFERENCES = 32
-    _NODES, _WEIGHTS = (values for values in np.polynomial.legendre.leggauss(16))
+    _REFERENCES = 64
+    _NODES, _WEIGHTS = (values for values in np.polynomial.legendre.leggauss(3))
 
     def __init__(self, folder: Path, state: dict[str, Any], width: int) -> None:
         self._width = width
@@ -288,10 +288,12 @@ class _Network:
     def contributions(self, row: Row, reference: Floats) -> tuple[float, Floats]:
         """Expected gradients (Erion et al. 2021): integrated gradients averaged over reference rows.
 
-        The integral is by Gauss and Legendre's rule with 16 nodes; what it leaves is shared in proportion.
+        The integral is by Gauss and Legendre's rule with three nodes; what it leaves is shared in proportion.
         """
         own = self._inputs(row)
-        others = np.array([self._inputs(other) for other in reference[: self._REFERENCES].tolist()])
+        others = np.array(
+            [self._inputs(other) for other in reference[:: max(1, len(reference) // self._REFERENCES)].tolist()]
+        )
         steps = (self._NODES[:, None, None] + 1) / 2
         points = others + steps * (own - others)
         gradient = self._gradient(points.reshape(-1, len(own))).reshape(points.shape)

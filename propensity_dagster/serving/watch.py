@@ -5,7 +5,6 @@ one assignment. What cannot be loaded is refused and told; the last good one sta
 """
 
 import logging
-import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import msgspec
 
 from propensity_dagster.errors import ConfigError, PropensityError
-from propensity_dagster.serving.online import FILE, OnlineStore, RedisStore, SqliteStore
+from propensity_dagster.serving.online import FILE, OnlineStore, RedisStore, open_sqlite
 from propensity_dagster.serving.packages import RELEASE, Package, Release, load_release
 from propensity_dagster.serving.settings import SETTINGS, Keys, Settings, keys_file, read_keys, read_settings
 
@@ -130,17 +129,10 @@ class Watcher:
             return
         file = self._folder / name / FILE
         if file.exists():
-            self._if_changed(f"online features of {name}", file, lambda: self._add_store(name, _open_sqlite(file)))
+            self._if_changed(f"online features of {name}", file, lambda: self._add_store(name, open_sqlite(file)))
 
     def _add_store(self, name: str, store: OnlineStore) -> None:
         self.state.stores = {**self.state.stores, name: store}
-
-
-def _open_sqlite(file: Path) -> SqliteStore:
-    try:
-        return SqliteStore(file)
-    except (sqlite3.Error, msgspec.MsgspecError, TypeError) as error:
-        raise ConfigError(f"{file}: not a file of online features: {error}") from None
 
 
 def _open_redis(url: str, name: str) -> Any:

@@ -51,7 +51,10 @@ def build_bento(home: Home) -> BentoReport:
 
 def _copy_code(target: Path) -> None:
     (target / "serving").mkdir(parents=True)
-    files = [*(_CODE / name for name in ("__init__.py", "errors.py", "manifest.py")), *(_CODE / "serving").glob("*.py")]
+    files = [
+        *(_CODE / name for name in ("__init__.py", "errors.py", "manifest.py", "wording.py")),
+        *(_CODE / "serving").glob("*.py"),
+    ]
     for file in files:
         shutil.copy(file, target / file.relative_to(_CODE))
 

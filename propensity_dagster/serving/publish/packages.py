@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,28 +14,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import expit
 
-from propensity_dagster.campaign import ROW_NUMBER, Campaign, EventCampaign
+from propensity_dagster.campaign import ROW_NUMBER, Campaign
 from propensity_dagster.data.lake import Home, publishing_folder
 from propensity_dagster.errors import ConfigError, DataContractError
 from propensity_dagster.evaluation.splits import TEST
 from propensity_dagster.evaluation.value import break_even
-from propensity_dagster.features.definitions import define_features
+from propensity_dagster.explain.population import (
+    FeatureWords,
+    describe_features,
+    reference_rows,
+    sample_file,
+    sample_rows,
+)
 from propensity_dagster.features.snapshots import TRAINING_SET
 from propensity_dagster.manifest import folder_identity, write_manifest
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.calibration import Floats
-from propensity_dagster.models.dataset import CATEGORY, read_split
+from propensity_dagster.models.dataset import read_split
 from propensity_dagster.models.prior import LogOddsHistogram
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.registry.store import ModelStore, Version
 from propensity_dagster.scoring.batch import PRIOR_SHIFT, SCORES
 from propensity_dagster.scoring.candidates import folds_of
+from propensity_dagster.serving.explanations import REASONS
 from propensity_dagster.serving.inputs import LARGEST
 from propensity_dagster.serving.packages import CAMPAIGN, FORMAT, MODEL, PACKAGES, POPULATION
 from propensity_dagster.serving.predictions import ANSWER_FIELDS
 
-_SAMPLE_ROWS = 20_000
-_REFERENCE_ROWS = 256
 _POPULATION = 1_000_000
 _METRICS = (
     "log_loss",
@@ -102,13 +107,16 @@ def _content(
         "identity": version.identity,
         "key": campaign.key if keyed else None,
         "outcome": campaign.outcome.model_dump(mode="json"),
-        "features": _features(campaign, model, population.sample),
+        "features": _features(describe_features(campaign, model, population.sample)),
+        "reasons": campaign.explanations.reasons or REASONS,
         "tiers": campaign.tiers.model_dump(),
         "value": campaign.value.model_dump(),
         "threshold": threshold if np.isfinite(threshold) else None,
         "prior_shift": population.prior_shift,
         "population": {"source": population.source, "snapshot": population.snapshot, "rows": population.rows},
-        "reference": _reference(model, population.sample),
+        "reference": [
+            [None if np.isnan(v) else v for v in row] for row in reference_rows(model, population.sample).tolist()
+        ],
         "trained_on": {
             "snapshots": model.facts["snapshots"],
             "rows": model.facts["rows"],
@@ -138,53 +146,22 @@ def _card(campaign: Campaign, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _features(campaign: Campaign, model: FittedModel, sample: pa.Table) -> list[dict[str, Any]]:
-    kinds = {spec.name: spec.kind for spec in model.contract.features}
-    aliases: dict[str, str] = {}
-    words: dict[str, tuple[str, str, float | None]] = {}
-    if isinstance(campaign, EventCampaign):
-        aliases = {target: alias for alias, target in campaign.features.names.items()}
-        known = {name: kinds[name] for name in campaign.attributes if name in kinds}
-        words = {f.name: (f.meaning, f.window, f.minimum) for f in define_features(campaign, known)}
-    found: list[dict[str, Any]] = []
-    for name, kind in kinds.items():
-        meaning, window, minimum = words.get(name, (name, "", None))
-        if name in campaign.attributes or name not in words:
-            meaning = name.replace("_", " ")
-        stated = campaign.attributes.get(name)
-        low = stated.minimum if stated and stated.minimum is not None else minimum
-        high = stated.maximum if stated and stated.maximum is not None else None
-        found.append(
-            {
-                "name": aliases.get(name, name),
-                "feature": name,
-                "kind": kind,
-                "meaning": meaning,
-                "window": window,
-                "minimum": -LARGEST if low is None else float(low),
-                "maximum": LARGEST if high is None else float(high),
-                "typical": _typical(sample[name], kind),
-            }
-        )
-    return found
-
-
-def _typical(column: pa.ChunkedArray, kind: str) -> float | str | None:
-    """Median or mode of a feature; None where most customers have no value."""
-    present = column.drop_null()
-    if 2 * len(present) < len(column) or not len(present):
-        return None
-    if kind == CATEGORY:
-        counts = sorted(present.value_counts().to_pylist(), key=lambda c: (-c["counts"], c["values"]))
-        return str(counts[0]["values"])
-    return float(np.median(present.cast("float64").to_numpy()))
-
-
-def _reference(model: FittedModel, sample: pa.Table) -> list[list[float | None]]:
-    """Encoded rows, evenly spaced in the sample, which is in the order of keys as text: no order of theirs."""
-    chosen = np.linspace(0, sample.num_rows - 1, min(_REFERENCE_ROWS, sample.num_rows)).astype(np.int64)
-    rows = model.contract.encode(sample.take(pa.array(chosen)))
-    return [[None if np.isnan(v) else v for v in row] for row in rows.tolist()]
+def _features(features: Sequence[FeatureWords]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": feature.name,
+            "feature": feature.feature,
+            "kind": feature.kind,
+            "meaning": feature.meaning,
+            "window": feature.window,
+            "minimum": -LARGEST if feature.minimum is None else float(feature.minimum),
+            "maximum": LARGEST if feature.maximum is None else float(feature.maximum),
+            "typical": feature.typical,
+            "template": feature.template,
+            "hidden": feature.hidden,
+        }
+        for feature in features
+    ]
 
 
 def _population(campaign: Campaign, model: FittedModel, version: str, home: Home) -> _Population:
@@ -200,20 +177,20 @@ def _population(campaign: Campaign, model: FittedModel, version: str, home: Home
             break  # an older one scored the newest snapshot: it is scored anew, below
         shift = float((file.schema_arrow.metadata or {}).get(PRIOR_SHIFT.encode(), b"0.0"))
         probabilities = file.read(["probability"])["probability"].to_numpy()
-        return _described(SCORES, snapshot, probabilities, shift, _sample_of(features, columns))
+        return _described(SCORES, snapshot, probabilities, shift, sample_file(features, columns))
     for snapshot in reversed(lake.partitions("features", "snapshot")):
         features = lake.partition("features", "snapshot", snapshot)
         present = pq.read_schema(features).names
         if pq.read_metadata(features).num_rows and all(name in present for name in columns):
             batches = pq.ParquetFile(features).iter_batches(columns=columns)
             probabilities, shift = _rescored(campaign, model, batches)
-            return _described("features", snapshot, probabilities, shift, _sample_of(features, columns))
+            return _described("features", snapshot, probabilities, shift, sample_file(features, columns))
     if not lake.file(TRAINING_SET).exists():
         raise DataContractError(f"{campaign.name}: there is nothing to compare a score with: no scores, no features")
     test = read_split(lake.file(TRAINING_SET), TEST, folds_of(campaign)[0])
     probabilities, shift = _rescored(campaign, model, test.to_batches())
     return _described(
-        "test rows", None, probabilities, shift, _sample(test.select(columns).to_batches(), test.num_rows)
+        "test rows", None, probabilities, shift, sample_rows(test.select(columns).to_batches(), test.num_rows)
     )
 
 
@@ -235,15 +212,3 @@ def _described(
     if n > _POPULATION:  # every millionth: a percentile is then right to 1e-6
         ordered = ordered[(np.arange(1, _POPULATION + 1) * n) // _POPULATION - 1]
     return _Population(source, str(snapshot) if snapshot else "test", n, ordered, shift, sample)
-
-
-def _sample(batches: Iterable[pa.RecordBatch], total: int) -> pa.Table:
-    """About 20,000 of `total` rows, evenly spaced, whatever their number."""
-    stride = max(1, total // _SAMPLE_ROWS)
-    taken = [batch.take(pa.array(np.arange(0, batch.num_rows, stride))) for batch in batches]
-    return pa.Table.from_batches(taken).combine_chunks()
-
-
-def _sample_of(file: Path, columns: list[str]) -> pa.Table:
-    source = pq.ParquetFile(file)
-    return _sample(source.iter_batches(columns=columns), source.metadata.num_rows)

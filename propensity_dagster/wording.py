@@ -1,0 +1,34 @@
+"""Reasons in words. Belongs here: what batch scores and the service must say alike; only the standard library."""
+
+from typing import Any
+
+
+def reason_sentence(template: str, meaning: str, window: str, value: Any, typical: Any, *, raises: bool) -> str:
+    """One reason for whoever reads it.
+
+    Args:
+        template: the campaign's own, with `{value}` and `{typical}`; empty for the general one.
+        meaning: of the feature, in words.
+        window: in days, "all", or "" where none applies.
+        value: of the customer; None where it has none.
+        typical: of the population; None where most have none.
+        raises: whether it raises the probability.
+    """
+    if template:
+        return template.replace("{value}", words(value)).replace("{typical}", words(typical))
+    what = meaning[:1].upper() + meaning[1:]
+    if window == "all":
+        what += ", ever"
+    elif window:
+        what += f", last {window} days"
+    effect = "raises" if raises else "lowers"
+    return f"{what}: {words(value)}, typically {words(typical)}. This {effect} the probability."
+
+
+def words(value: Any) -> str:
+    """A value as people write it: no digits that mean nothing."""
+    if value is None:
+        return "none known"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
