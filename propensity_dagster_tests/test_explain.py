@@ -1,5 +1,7 @@
 """Contributions that add up, equal the references, and become reasons; the same in batch and over HTTP."""
 
+import json
+
 import lightgbm
 import numpy as np
 import pyarrow as pa
@@ -13,8 +15,10 @@ from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError
 from propensity_dagster.explain.contributions import Explainer
+from propensity_dagster.explain.plots import publish_explanation_plots, typical_rows
 from propensity_dagster.explain.population import describe_features, reference_rows, sample_file
 from propensity_dagster.explain.reasons import ReasonCoder
+from propensity_dagster.explain.summary import RECORD, _jumped, explain_model
 from propensity_dagster.explain.trees import build_tables, tree_contributions
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.scoring.batch import score_snapshot
@@ -249,3 +253,68 @@ def test_a_feature_that_does_not_exist_is_told(materialized, stated):
 def test_sentences_that_are_wrong_are_told(materialized, sentence):
     with pytest.raises(ValueError, match="one line of at most 200 characters"):
         materialized.campaign.explanations.model_validate({"sentences": {"age": sentence}})
+
+
+# What the model goes by
+
+
+def test_the_explanations_of_the_champion_are_published(materialized):
+    folder = materialized.home.reports("small")
+    record = json.loads((folder / RECORD).read_text())
+    assert record["role"] == "champion"
+    assert record["largest_difference"] <= 1e-6
+    assert len(record["features"]) == len({row["feature"] for row in record["features"]})
+    sizes = [row["mean_absolute"]["value"] for row in record["features"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(row["share"]["value"] for row in record["features"]) == pytest.approx(1.0)
+    for row in record["features"][:5]:
+        assert row["share"]["low"] <= row["share"]["value"] <= row["share"]["high"]
+        assert row["loss_when_shuffled"]["high"] >= row["loss_when_shuffled"]["low"]
+    assert {row["name"] for row in record["streams"]} == {"orders", "visits", "emails", "customer"}
+    sources = {row["name"]: row["features"] for row in record["sources"]}
+    assert sources["customers.age"] == 1
+    assert sources["orders.amount"] == 12  # sum, mean, largest in three windows and ever
+    assert sum(sources.values()) == len(record["features"])
+    assert sum(member["share"] for member in record["members"]) == pytest.approx(1.0) or not record["members"]
+    for curve in record["dependence"]:
+        assert curve["grid"] == sorted(set(curve["grid"]))
+        assert all(0 < p < 1 for p in curve["mean"])
+    for name in ("summary", "dependence", "partial", "sure", "average", "unlikely"):
+        assert (folder / f"explanations_{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_explained(registered, tmp_path, kind):
+    """The baseline reads three columns only; all pictures are drawn nevertheless."""
+    model = load_model(registered.home.candidates("small") / kind)
+    found = explain_model(registered.campaign, model, "7", "champion", registered.home)
+    assert found.record["largest_difference"] <= 1e-6
+    chosen = typical_rows(found)
+    assert found.probability[chosen["sure"]] >= found.probability[chosen["average"]]
+    files = publish_explanation_plots(found, [spec.categories for spec in model.contract.features], tmp_path)
+    assert len(files) == 6
+
+
+def test_a_constant_model_says_that_nothing_moves_it(registered, tmp_path):
+    from dataclasses import replace
+
+    model = load_model(registered.home.candidates("small") / "logistic_regression")
+    flat = replace(model.scorer, coefficients=np.zeros_like(model.scorer.coefficients))
+    found = explain_model(registered.campaign, replace(model, scorer=flat), "8", "champion", registered.home)
+    assert not found.record["dependence"]
+    assert len(publish_explanation_plots(found, [s.categories for s in model.contract.features], tmp_path)) == 6
+
+
+def test_a_feature_that_jumps_between_retrains_is_told():
+    def record(version, **shares):
+        features = [{"feature": name, "share": {"value": share}} for name, share in shares.items()]
+        return {"version": version, "features": features}
+
+    history = [{"version": str(i), "shares": {"age": 0.10, "visits": 0.50, "rare": 0.001}} for i in range(4)]
+    steady = record("9", age=0.12, visits=0.45, rare=0.004)
+    assert not _jumped(steady, history, "9")
+    jumped = _jumped(record("9", age=0.30, visits=0.49, new=0.2), history, "9")
+    assert [row["feature"] for row in jumped] == ["age", "new"]
+    assert jumped[0] == {"feature": "age", "share": 0.30, "usual": pytest.approx(0.10), "versions": 4}
+    assert not _jumped(steady, [], "9")
+    assert not _jumped(record("3", age=0.9), [{"version": "3", "shares": {"age": 0.1}}], "3"), "itself is no history"

@@ -13,6 +13,7 @@ import dagster as dg
 
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import asset_job, daily
+from propensity_dagster.components.explaining import EXPLANATIONS
 from propensity_dagster.components.scoring import score_tables
 from propensity_dagster.components.serving import ONLINE_FEATURES, RELEASE
 from propensity_dagster.components.training import DIAGNOSIS, candidate_table
@@ -91,8 +92,9 @@ def _train_job(campaign: Campaign, before: list[str]) -> Any:
         *(candidate_table(c) for c in campaign.models),
         "evaluation",
         "champion",
+        EXPLANATIONS,
     ]
-    description = "Train every candidate, judge them, promote if earned."
+    description = "Train every candidate, judge them, promote if earned, explain the champion."
     return asset_job(campaign, train_job_name(campaign), tables, description)
 
 

@@ -72,6 +72,7 @@ def describe_features(campaign: Campaign, model: FittedModel, sample: pa.Table) 
     found: list[FeatureWords] = []
     for name, kind in kinds.items():
         feature, attribute = defined.get(name), campaign.attributes.get(name)
+        source = feature.source if feature else name
         if attribute is not None:
             feature = None
         minimum = attribute.minimum if attribute is not None else feature.minimum if feature is not None else None
@@ -83,7 +84,7 @@ def describe_features(campaign: Campaign, model: FittedModel, sample: pa.Table) 
                 feature.meaning if feature else name.replace("_", " "),
                 feature.window if feature else "",
                 feature.stream if feature else "",
-                feature.source if feature else name,
+                source,
                 minimum,
                 attribute.maximum if attribute else None,
                 templates.get(name, ""),

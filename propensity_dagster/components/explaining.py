@@ -1,0 +1,91 @@
+"""The explanations asset: what the champion goes by."""
+
+from typing import Any
+
+import dagster as dg
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.components.common import blocking, checked, key, records_table, user_errors, warning
+from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.saved import load_model
+from propensity_dagster.reports.plots import inline_image
+from propensity_dagster.runtime import Runtime
+from propensity_dagster.scoring.candidates import read_evaluation
+from propensity_dagster.scoring.promotion import champion_model
+
+EXPLANATIONS, GROUP = "explanations", "evaluation"
+_SHOWN = 10
+
+
+def explanations_asset(campaign: Campaign) -> dg.AssetsDefinition:
+    """champion -> explanations."""
+    asset = key(campaign, EXPLANATIONS)
+
+    @dg.asset(
+        key=asset,
+        deps=[key(campaign, "champion")],
+        group_name=GROUP,
+        check_specs=[
+            blocking("additive", asset, "contributions add up to each prediction within 1e-6"),
+            warning("importance_is_stable", asset, "no feature's share of importance jumped since the last versions"),
+        ],
+        description="Why the champion scores as it does: SHAP, importance, dependence, on test rows.",
+        kinds={"json"},
+    )
+    @user_errors
+    def explanations(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
+        from propensity_dagster.explain.plots import publish_explanation_plots
+        from propensity_dagster.explain.summary import ADDITIVE, RECORD, explain_model
+
+        version, model, role = _explained(campaign, runtime)
+        found = explain_model(campaign, model, version, role, runtime.home)
+        record, folder = found.record, runtime.home.reports(campaign.name)
+        publish_explanation_plots(found, [spec.categories for spec in model.contract.features], folder)
+        difference, jumped = record["largest_difference"], [row["feature"] for row in record["jumped"]]
+        return dg.MaterializeResult(
+            metadata={
+                "explained": f"{role}, version {version}, {model.name}",
+                "rows": record["rows"],
+                "importance": records_table([_row(row) for row in record["features"][:_SHOWN]]),
+                "sources": records_table([_group(row) for row in record["sources"][:_SHOWN]]),
+                "summary": dg.MetadataValue.md(inline_image(folder / "explanations_summary.png")),
+                "record": dg.MetadataValue.path(folder / RECORD),
+            },
+            check_results=[
+                checked(asset, "additive", difference <= ADDITIVE, largest_difference=difference),
+                checked(asset, "importance_is_stable", not jumped, warn=True, jumped=", ".join(jumped)),
+            ],
+        )
+
+    return explanations
+
+
+def _explained(campaign: Campaign, runtime: Runtime) -> tuple[str, FittedModel, str]:
+    """The champion; while the gate has promoted none, the challenger that it refused."""
+    champion = champion_model(campaign, runtime.store)
+    if champion is not None:
+        return *champion, "champion"
+    name = read_evaluation(campaign, runtime.home)["challenger"]
+    model = load_model(runtime.home.candidates(campaign.name) / name)
+    return "not promoted", model, "challenger"
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    size, shuffled = row["mean_absolute"], row["loss_when_shuffled"]
+    return {
+        "feature": row["feature"],
+        "mean absolute contribution (log-odds)": round(size["value"], 4),
+        "95% interval": f"{size['low']:.4f} to {size['high']:.4f}",
+        "share": f"{row['share']['value']:.1%}",
+        "log loss when shuffled": f"{shuffled['value']:+.5f}" if shuffled else "",
+    }
+
+
+def _group(row: dict[str, Any]) -> dict[str, Any]:
+    size = row["mean_absolute"]
+    return {
+        "source column": row["name"],
+        "features": row["features"],
+        "mean absolute sum (log-odds)": round(size["value"], 4),
+        "95% interval": f"{size['low']:.4f} to {size['high']:.4f}",
+    }
