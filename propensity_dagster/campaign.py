@@ -53,6 +53,7 @@ class Campaign(Frozen):
 
     name: Identifier
     description: str = ""
+    contact: str = ""
     source: EventSource | TableSource
     outcome: Outcome | ColumnOutcome
     models: tuple[Candidate, ...] = tuple(Candidate.model_validate({"name": name}) for name in MODEL_NAMES)

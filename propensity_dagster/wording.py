@@ -7,14 +7,14 @@ def reason_sentence(template: str, meaning: str, window: str, value: Any, typica
     """One reason for whoever reads it.
 
     Args:
-        template: the campaign's own, with `{value}` and `{typical}`; empty for the general one.
+        template: the campaign's own, with `{value}` and `{typical}`, for customers who have a value; or empty.
         meaning: of the feature, in words.
         window: in days, "all", or "" where none applies.
         value: of the customer; None where it has none.
         typical: of the population; None where most have none.
         raises: whether it raises the probability.
     """
-    if template:
+    if template and value is not None:
         return template.replace("{value}", words(value)).replace("{typical}", words(typical))
     what = meaning[:1].upper() + meaning[1:]
     if window == "all":

@@ -18,6 +18,7 @@ from propensity_dagster.evaluation.gate import decide
 from propensity_dagster.evaluation.metrics import METRICS, Judged, Weighted, gains
 from propensity_dagster.evaluation.splits import plan_splits, require_out_of_time
 from propensity_dagster.evaluation.value import plan_contacts
+from propensity_dagster.reports.model_card import card_markdown, model_card
 
 CAMPAIGN = load_campaign(SHIPPED / "ecommerce_purchase.yaml")
 ONES = np.ones((1, 500))
@@ -281,7 +282,35 @@ def test_the_evaluation_promotes_a_good_model_and_refuses_a_coin_flip():
         assert found.decision.promoted is promoted
         assert found.record["models"]["good"]["auc"]["low"] < found.record["models"]["good"]["auc"]["value"]
         assert set(found.tables) == {"gain_curve", "calibration_curve", "deciles", "segments"}
-        assert found.record["segments"][challenger]["half=a"]["rows"] == n // 2
+        half = found.record["segments"][challenger]["half=a"]
+        assert half["rows"] == n // 2
+        p = 1 / (1 + np.exp(-(z if challenger == "good" else coin)))[1::2]
+        own, contacted = y[1::2], p * 22.5 > 0.4
+        assert half["selection_rate"]["value"] == pytest.approx(contacted.mean())
+        assert half["true_positive_rate"]["value"] == pytest.approx(own[contacted].sum() / own.sum())
+        assert half["observed_over_expected"]["value"] == pytest.approx(own.mean() / p.mean())
+
+
+def test_the_model_card_says_how_protected_groups_fare():
+    rng = np.random.default_rng(0)
+    n = 4000
+    z = rng.normal(-2, 1.5, n)
+    y = (rng.random(n) < 1 / (1 + np.exp(-z))).astype(float)
+    campaign = load_campaign(SHIPPED / "loan_uptake.yaml").model_copy(update={"contact": "crm@example.com"})
+    name = campaign.protected[0]
+    groups = np.where(np.arange(n) < 3990, "large", "small").astype(object)
+    y[3990:] = 0.0  # nobody of the small group converted: no rate of them, and no invented one
+    scores = TestScores(y, np.arange(n), {"lightgbm": z, "baseline": z * 0.5 - 1}, {name: groups}, float(y.mean()))
+    record = evaluate(campaign, scores, "lightgbm", 0.0, {"snapshots": {"test": ["2025-01-01"]}}, replicates=60).record
+    card = model_card(campaign, record)
+    assert set(card["fairness"][name]) == {f"{name}=large", f"{name}=small"}
+    text = card_markdown(card)
+    for words in ("Intended use", "Not intended", "95% interval", f"No model sees {name}", "crm@example.com"):
+        assert words in text
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {name}=small")]
+    assert row.split(" | ")[1:3] == ["10", "0"]
+    assert "too few" in row
+    assert "nan" not in text.lower().replace("finance", "")
 
 
 def test_whom_to_contact():

@@ -38,6 +38,7 @@ from propensity_dagster.features.snapshots import (
     publish_training_set,
 )
 from propensity_dagster.models.training import BASELINE, ENSEMBLE
+from propensity_dagster.reports.model_card import publish_model_card
 from propensity_dagster.reports.plots import inline_image, publish_plots
 from propensity_dagster.runtime import Runtime
 from propensity_dagster.scoring.candidates import (
@@ -285,6 +286,7 @@ def _evaluation(campaign: Campaign) -> dg.AssetsDefinition:
         champion = champion_model(campaign, runtime.store)
         judged = publish_evaluation(campaign, runtime.home, champion)
         publish_plots(judged.record, runtime.home.reports(campaign.name))
+        publish_model_card(campaign, judged.record, runtime.home.reports(campaign.name))
         return _evaluation_result(campaign, asset, runtime, judged.record)
 
     return evaluation
@@ -385,6 +387,7 @@ def _evaluation_result(
             **{metric: _rounded(value) for metric, value in found.items() if value is not None},
             "models": records_table(rows),
             "plots": dg.MetadataValue.md(inline_image(folder / "overview.png")),
+            "model_card": dg.MetadataValue.path(folder / "model_card.md"),
             "folder": dg.MetadataValue.path(folder),
         },
         check_results=[

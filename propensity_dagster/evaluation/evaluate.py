@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.evaluation.bootstrap import REPLICATES, Floats, Ints, estimate, replicate_metrics
 from propensity_dagster.evaluation.gate import CONSTANT, Decision, decide
-from propensity_dagster.evaluation.metrics import DECILES, METRICS, Judged, Weighted, decile_gains, gains
+from propensity_dagster.evaluation.metrics import (
+    DECILES,
+    METRICS,
+    Judged,
+    Weighted,
+    decile_gains,
+    gains,
+    mean_probability,
+)
 from propensity_dagster.evaluation.value import break_even, break_even_totals
 
 ORACLE, CHAMPION = "oracle", "champion"
-_GAINS, _BREAK_EVEN = "decile_gains", "break_even_totals"
+_GAINS, _BREAK_EVEN, _MEAN = "decile_gains", "break_even_totals", "mean_probability"
 _SEGMENT_METRICS = {name: METRICS[name] for name in ("log_loss", "auc", "calibration_error", "top_decile_lift")}
 _GAIN_POINTS = np.arange(1, 101) / 100
 
@@ -159,14 +167,29 @@ def _segments(
             y = scores.y[rows]
             within = {name: Judged(models[name].z[rows], y) for name in chosen}
             entity = np.unique(scores.entity[rows], return_inverse=True)[1]
-            replicated = replicate_metrics(within, entity, replicates // 3, campaign.seed, _SEGMENT_METRICS)
+            metrics = {**_SEGMENT_METRICS, _BREAK_EVEN: break_even_totals(campaign.value), _MEAN: mean_probability}
+            replicated = replicate_metrics(within, entity, replicates // 3, campaign.seed, metrics)
             for name in chosen:
                 found[name][f"{column}={value}"] = {
                     "rows": int(rows.sum()),
                     "converted": int(y.sum()),
-                    **{metric: estimate(v).to_json() for metric, v in replicated[name].items()},
+                    **{metric: estimate(replicated[name][metric]).to_json() for metric in _SEGMENT_METRICS},
+                    **_fairness(replicated[name]),
                 }
     return found
+
+
+def _fairness(replicated: Mapping[str, Floats]) -> dict[str, Any]:
+    """Selection rate (demographic parity), true positive rate (equal opportunity; Hardt et al. 2016) at break-even,
+    and how many convert for each conversion that was forecast (calibration within groups; Kleinberg et al. 2017).
+    """
+    contacted, hits, converters, rows = replicated[_BREAK_EVEN].T
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample without converters has no rate of them
+        return {
+            "selection_rate": estimate(contacted / rows).to_json(),
+            "true_positive_rate": estimate(hits / converters).to_json(),
+            "observed_over_expected": estimate(converters / rows / replicated[_MEAN]).to_json(),
+        }
 
 
 def _tables(models: Mapping[str, Judged], record: Mapping[str, Any]) -> dict[str, pa.Table]:

@@ -110,6 +110,11 @@ class Weighted:
         return n, _divide(forecasts, n, empty=0.0), _divide(converters, n, empty=0.0)
 
 
+def mean_probability(r: Weighted) -> Floats:
+    """Mean of the forecasts."""
+    return r.w @ r.judged.probability / r.size
+
+
 def log_loss(r: Weighted) -> Floats:
     """Mean negative log-likelihood."""
     return r.w @ r.judged.losses / r.size

@@ -34,6 +34,7 @@ from propensity_dagster.models.dataset import read_split
 from propensity_dagster.models.prior import LogOddsHistogram
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.registry.store import ModelStore, Version
+from propensity_dagster.reports.model_card import model_card
 from propensity_dagster.scoring.batch import PRIOR_SHIFT, SCORES
 from propensity_dagster.scoring.candidates import folds_of
 from propensity_dagster.serving.explanations import REASONS
@@ -124,25 +125,7 @@ def _content(
             "versions": model.facts.get("versions", {}),
         },
         "metrics": metrics,
-        "model_card": _card(campaign, record),
-    }
-
-
-def _card(campaign: Campaign, record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "intended_use": f"{campaign.description} Whom to contact, in what order, within a budget.",
-        "not_intended_for": "Credit, employment, insurance, housing, or any decision about a person's rights.",
-        "judged_on": {
-            "rows": record["rows"],
-            "converted": record["converted"],
-            "outcome_rate": record["outcome_rate"],
-            "snapshots": record["snapshots"].get(TEST, []),
-        },
-        "decision_of_the_gate": record["decision"]["sentence"],
-        "protected_attributes_no_model_sees": list(campaign.protected),
-        "segments": record["segments"][record["challenger"]],
-        "limits": "Probabilities hold for customers like those it was judged on; percentiles compare with the last "
-        "scored population. A feature that is missing is treated as in training.",
+        "model_card": model_card(campaign, record),
     }
 
 
