@@ -84,8 +84,9 @@ def test_one_campaign_end_to_end(materialized, newest_snapshot):
         "ensemble",
         "oracle",
     }
-    plots = {p.name for p in materialized.home.reports("small").glob("*.png")}
-    assert plots == {"gain.png", "lift.png", "calibration.png", "models.png", "overview.png"}
+    plots = {p.stem for p in materialized.home.reports("small").glob("*.png")}
+    explained = {f"explanations_{n}" for n in ("summary", "dependence", "partial", "sure", "average", "unlikely")}
+    assert plots == {"gain", "lift", "calibration", "models", "overview"} | explained
     assert newest_snapshot == date(2024, 8, 28)
     assert (
         "| orders_count_30d | number of orders | number | 30 |"

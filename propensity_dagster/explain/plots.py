@@ -29,10 +29,12 @@ def publish_explanation_plots(explained: Explained, categories: list[tuple[str, 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with warnings.catch_warnings():  # of shap's colour maps and layouts
+    # Whatever was drawn before in this process must not show; the warnings are of shap's colour maps and layouts.
+    with plt.style.context(["default", {"font.size": 9}]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import shap
 
+        np.random.seed(0)  # shap's jitter has no other seed: the same explanations give the same bytes
         explanation = shap.Explanation(
             explained.contributions.values,
             base_values=np.full(len(explained.X), explained.contributions.base),
