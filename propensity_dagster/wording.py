@@ -18,11 +18,13 @@ def reason_sentence(template: str, meaning: str, window: str, value: Any, typica
         return template.replace("{value}", words(value)).replace("{typical}", words(typical))
     what = meaning[:1].upper() + meaning[1:]
     if window == "all":
-        what += ", ever"
-    elif window:
+        what += "" if "since" in meaning else ", ever"
+    elif window and " last " not in meaning:  # a meaning of its own windows
         what += f", last {window} days"
-    effect = "raises" if raises else "lowers"
-    return f"{what}: {words(value)}, typically {words(typical)}. This {effect} the probability."
+    own, usual = words(value), "most have none" if typical is None else f"typically {words(typical)}"
+    if value is not None and own == words(typical):
+        usual = "as most"
+    return f"{what}: {own}, {usual}. This {'raises' if raises else 'lowers'} the probability."
 
 
 def words(value: Any) -> str:

@@ -53,12 +53,22 @@ class ReasonCoder:
         self.features = describe_features(campaign, model, sample)
         self._categories = [spec.categories for spec in model.contract.features]
         self._shown = np.array([not feature.hidden for feature in self.features])
+        sources = [feature.source for feature in self.features]
+        self._sources = [np.flatnonzero([s == name for s in sources]) for name in dict.fromkeys(sources)]
         self._explainer = Explainer(model, reference_rows(model, sample))
 
     def reasons(self, X: Floats) -> Reasons:
-        """Of encoded rows (n, p). A feature that moved nothing, or is hidden, is no reason."""
+        """Of encoded rows (n, p). A feature that moved nothing, or is hidden, is no reason.
+
+        Of the features of one source column only the strongest is: visits of 7, 30 and 90 days are not three reasons.
+        """
         values = self._explainer.explain(X).values
         size = np.where(self._shown, np.abs(values), 0.0)
+        strongest = np.zeros(size.shape, dtype=bool)
+        for columns in self._sources:
+            best = columns[size[:, columns].argmax(axis=1)]
+            strongest[np.arange(len(size)), best] = True
+        size[~strongest] = 0.0
         k = min(self.count, size.shape[1])
         chosen = np.argpartition(-size, k - 1, axis=1)[:, :k]
         # Stable order: of equal contributions the feature that comes first.

@@ -64,7 +64,7 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
         # Not also in days: a caller who sends the one would contradict the other, and each would be half a reason.
         Feature(
             "tenure_months",
-            "months (of 30.4375 days) since first known",
+            "months since first known",
             "number",
             "",
             "",
@@ -137,18 +137,18 @@ def _stream_features(campaign: EventCampaign, name: str, stream: Stream) -> list
         source = f"{stream.table}.{column}"
         features.append(Feature(f"{name}_{suffix}", meaning, "number", shown, name, expression, minimum, source))
 
-    add("recency_days", f"days since the last of {name}", ALL, _days_since(f"{name}__last_{ALL}"))
+    add("recency_days", f"days since the latest of the {name}", ALL, _days_since(f"{name}__last_{ALL}"))
     if stream.type:
         _add_types(add, name, stream, windows)
     else:
-        add("first_days", f"days since the first of {name}", ALL, _days_since(f"{name}__first_{ALL}"))
+        add("first_days", f"days since the first of the {name}", ALL, _days_since(f"{name}__first_{ALL}"))
         for window in windows:
             add(f"count_{window}", f"number of {name}", window, _zero(f"{name}__count_{window}"))
         add(f"active_days_{longest}", f"days with {name}", longest, _zero(f"{name}__days_{longest}"))
-        add(f"rate_{ALL}", f"{name} per 30 days since the first", ALL, _rate(name))
+        add(f"rate_{ALL}", f"{name} per 30 days since the first one", ALL, _rate(name))
         add(
             "recency_share",
-            f"days since the last of {name} over days since the first",
+            f"days since the latest of the {name}, as a share of the days since the first",
             ALL,
             _recency_share(name),
         )
@@ -156,7 +156,7 @@ def _stream_features(campaign: EventCampaign, name: str, stream: Stream) -> list
         for short, long in pairwise(campaign.features.windows_days):
             add(
                 f"momentum_{short}d_{long}d",
-                f"{name} a day in the last {short} days over {name} a day in the last {long}",
+                f"pace of {name} in the last {short} days against the last {long}",
                 f"{long}d",
                 _momentum(f"{name}__count", short, long),
             )
@@ -178,27 +178,27 @@ def _add_types(add: Callable[..., None], name: str, stream: Stream, windows: lis
     base, *others = stream.types
     for kind in others:
         last = _days_since(f"{name}__last_{kind}_{ALL}")
-        add(f"{kind}_recency_days", f"days since the last {kind} of {name}", ALL, last)
+        add(f"{kind}_recency_days", f"days since the latest of the {name} of type {kind}", ALL, last)
     for window in windows:
         for kind in stream.types:
             add(
                 f"{kind}_count_{window}",
-                f"number of {kind} of {name}",
+                f"number of {name} of type {kind}",
                 window,
                 _zero(f"{name}__type_{kind}_{window}"),
             )
         for kind in others:
             parts = f"{name}__type_{kind}_{window}", f"{name}__type_{base}_{window}"
-            add(f"{kind}_rate_{window}", f"{kind} per {base} of {name}", window, _ratio(*parts))
+            add(f"{kind}_rate_{window}", f"{name}: {kind} for each {base}", window, _ratio(*parts))
 
 
 def _add_measure(add: Callable[..., None], name: str, measure: str, scale: int, windows: list[str]) -> None:
     for window in windows:
         total, count = f"{name}__{measure}_{window}", f"{name}__count_{window}"
-        add(f"{measure}_sum_{window}", f"sum of {measure} of {name}", window, _scaled(total, scale, zero=True))
-        add(f"{measure}_mean_{window}", f"mean {measure} of one of {name}", window, _mean(total, count, scale))
+        add(f"{measure}_sum_{window}", f"total {measure} of {name}", window, _scaled(total, scale, zero=True))
+        add(f"{measure}_mean_{window}", f"mean {measure} of {name}", window, _mean(total, count, scale))
         largest = _scaled(f"{name}__{measure}_max_{window}", scale, zero=False)
-        add(f"{measure}_max_{window}", f"largest {measure} of one of {name}", window, largest)
+        add(f"{measure}_max_{window}", f"largest {measure} among {name}", window, largest)
 
 
 def _add_rhythm(add: Callable[..., None], name: str, longest: str) -> None:
@@ -219,7 +219,7 @@ def _add_rhythm(add: Callable[..., None], name: str, longest: str) -> None:
 
     add("gap_mean_days", f"mean days between days with {name}", longest, mean)
     add("gap_std_days", f"standard deviation of the days between days with {name}", longest, deviation)
-    add("overdue_ratio", f"days since the last of {name} over their mean gap", longest, overdue)
+    add("overdue_ratio", f"days since the latest of the {name}, in mean gaps between them", longest, overdue)
 
 
 def _rate(name: str) -> Callable[[ir.Table], Any]:

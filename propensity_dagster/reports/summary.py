@@ -177,8 +177,11 @@ def _where(campaign: Campaign, home: Home) -> Table:
     own = "" if shipped else f"PROPENSITY_CAMPAIGNS={_short(campaign.file.parent)} "
     rows = [
         ("lineage, runs, checks", f"{own}make dev"),
-        ("scores", _short(found[1]) if found else "none"),
+        ("scores, with reasons", _short(found[1]) if found else "none"),
+        *([("over HTTP", "make serve")] if found else []),
         ("plots", f"{_short(reports)}/*.png"),
+        ("why: pictures", f"{_short(reports)}/explanations_*.png"),
+        ("for whom, how good", _short(reports / "model_card.md")),
         ("every number", _short(reports / "evaluation.json")),
         *([("features explained", _short(reports / "features.md"))] if (reports / "features.md").exists() else []),
         ("what the doctor found", _short(reports / "diagnosis.json")),

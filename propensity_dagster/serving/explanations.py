@@ -30,8 +30,14 @@ def explain(package: Package, row: list[float], values: Sequence[Any]) -> dict[s
     base, shares = package.model.contributions(row, package.reference)
     base += package.prior_shift
     shown = [i for i, field in enumerate(package.inputs) if not field.hidden]
-    order = sorted(shown, key=lambda i: -abs(shares[i]))[: package.content.get("reasons", REASONS)]
-    chosen = [i for i in order if shares[i] != 0]
+    chosen: list[int] = []
+    sources: set[str] = set()
+    for i in sorted(shown, key=lambda i: -abs(shares[i])):
+        source = package.inputs[i].source or package.inputs[i].feature
+        # Of one source column the strongest: visits of 7, 30 and 90 days are not three reasons.
+        if shares[i] != 0 and source not in sources and len(chosen) < package.content.get("reasons", REASONS):
+            sources.add(source)
+            chosen.append(i)
     reasons = [_reason(package.inputs[i], values[i], float(shares[i])) for i in chosen]
     total = float(shares.sum())
     return {

@@ -368,7 +368,9 @@ class Gateway:
         if release is not None:
             return release
         if name is not None and state.releases:
-            raise Problem(404, "unknown_campaign", f"there are {', '.join(sorted(state.releases))}")
+            raise Problem(
+                404, "unknown_campaign", f"there is no such campaign; there are {', '.join(sorted(state.releases))}"
+            )
         said = "the default campaign" if state.releases else "any campaign"
         raise Problem(503, "no_champion", f"there is no champion of {said} yet: train and promote one", headers=_RETRY)
 

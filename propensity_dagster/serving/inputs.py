@@ -43,6 +43,7 @@ class Input:
     typical: Any
     template: str = ""
     hidden: bool = False
+    source: str = ""
 
 
 @dataclass(slots=True)
@@ -135,7 +136,14 @@ class Inputs:
     def _read(self, content: Any, prefix: str) -> Parsed:
         """One customer by hand; what the fast decoder accepts is accepted, with the same meaning."""
         if not isinstance(content, _Object):
-            raise _invalid([_wrong(prefix.rstrip(".") or "(body)", "must be an object with one field per feature")])
+            raise _invalid(
+                [
+                    _wrong(
+                        prefix.rstrip(".") or "(body)",
+                        "must be an object with one field per feature; predict_batch takes several",
+                    )
+                ]
+            )
         values: list[Any] = [UNSET] * len(self.fields)
         key: str | None = None
         wrong: list[dict[str, str]] = []
@@ -165,7 +173,7 @@ class Inputs:
             return f"unknown field; it is called {self._features[name]!r} here"
         allowed = [*self.names, *([self.key] if self.key else [])]
         close = difflib.get_close_matches(name[:MAX_TEXT], allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "GET model lists what is allowed"
+        hint = f"did you mean {close[0]!r}?" if close else "GET /model lists what is allowed"
         return f"unknown field; {hint}"
 
 
@@ -232,7 +240,7 @@ def _wrong_value(field: Input, value: Any) -> str | None:
 
 def _type(value: Any) -> str:
     if isinstance(value, str):
-        return "no text that is allowed" if not value or len(value) > MAX_TEXT else "other text"
+        return "text" if 0 < len(value) <= MAX_TEXT else "empty text" if not value else "longer text"
     names = {float: "a number", bool: "true or false", type(None): "null", list: "a list", _Object: "an object"}
     return names.get(type(value), "something else")  # pyright: ignore[reportUnknownArgumentType]
 

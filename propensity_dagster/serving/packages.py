@@ -228,6 +228,7 @@ def _input(spec: dict[str, Any], stated: dict[str, Any]) -> Input:
         stated["typical"],
         stated.get("template", ""),
         stated.get("hidden", False),
+        stated.get("source", ""),
     )
 
 

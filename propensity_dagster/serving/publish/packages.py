@@ -142,6 +142,7 @@ def _features(features: Sequence[FeatureWords]) -> list[dict[str, Any]]:
             "typical": feature.typical,
             "template": feature.template,
             "hidden": feature.hidden,
+            "source": feature.source,
         }
         for feature in features
     ]
