@@ -6,7 +6,7 @@ from typing import Any
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.lake import publish_text
-from propensity_dagster.evaluation.splits import TEST
+from propensity_dagster.evaluation.splits import EMBARGO, TEST
 
 _METRICS = {
     "log_loss": "log loss",
@@ -38,7 +38,9 @@ def model_card(campaign: Campaign, record: dict[str, Any]) -> dict[str, Any]:
         "intended_use": f"{campaign.description} Whom to contact, in what order, within a budget.",
         "not_intended_for": "Credit, employment, insurance, housing, or any decision about a person's rights.",
         "population": _population(campaign),
-        "trained_on": {split: dates for split, dates in record.get("snapshots", {}).items() if split != TEST},
+        "trained_on": {
+            split: dates for split, dates in record.get("snapshots", {}).items() if split not in (EMBARGO, TEST)
+        },
         "judged_on": {
             "rows": record["rows"],
             "converted": record["converted"],
