@@ -296,7 +296,7 @@ def test_every_kind_of_model_is_explained(registered, tmp_path, kind):
     assert found.record["largest_difference"] <= 1e-6
     chosen = typical_rows(found)
     assert found.probability[chosen["sure"]] >= found.probability[chosen["average"]]
-    files = publish_explanation_plots(found, [spec.categories for spec in model.contract.features], tmp_path)
+    files = publish_explanation_plots(found, tmp_path)
     assert len(files) == 6
 
 
@@ -307,7 +307,7 @@ def test_a_constant_model_says_that_nothing_moves_it(registered, tmp_path):
     flat = replace(model.scorer, coefficients=np.zeros_like(model.scorer.coefficients))
     found = explain_model(registered.campaign, replace(model, scorer=flat), "8", "champion", registered.home)
     assert not found.record["dependence"]
-    assert len(publish_explanation_plots(found, [s.categories for s in model.contract.features], tmp_path)) == 6
+    assert len(publish_explanation_plots(found, tmp_path)) == 6
 
 
 def test_a_feature_that_jumps_between_retrains_is_told():

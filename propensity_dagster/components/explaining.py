@@ -6,6 +6,7 @@ import dagster as dg
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.components.common import blocking, checked, key, records_table, user_errors, warning
+from propensity_dagster.components.training import EVALUATION
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.reports.plots import inline_image
@@ -13,7 +14,7 @@ from propensity_dagster.runtime import Runtime
 from propensity_dagster.scoring.candidates import read_evaluation
 from propensity_dagster.scoring.promotion import champion_model
 
-EXPLANATIONS, GROUP = "explanations", "evaluation"
+EXPLANATIONS = "explanations"
 _SHOWN = 10
 
 
@@ -24,7 +25,7 @@ def explanations_asset(campaign: Campaign) -> dg.AssetsDefinition:
     @dg.asset(
         key=asset,
         deps=[key(campaign, "champion")],
-        group_name=GROUP,
+        group_name=EVALUATION,
         check_specs=[
             blocking("additive", asset, "contributions add up to each prediction within 1e-6"),
             warning("importance_is_stable", asset, "no feature's share of importance jumped since the last versions"),
@@ -40,7 +41,7 @@ def explanations_asset(campaign: Campaign) -> dg.AssetsDefinition:
         version, model, role = _explained(campaign, runtime)
         found = explain_model(campaign, model, version, role, runtime.home)
         record, folder = found.record, runtime.home.reports(campaign.name)
-        publish_explanation_plots(found, [spec.categories for spec in model.contract.features], folder)
+        publish_explanation_plots(found, folder)
         difference, jumped = record["largest_difference"], [row["feature"] for row in record["jumped"]]
         return dg.MaterializeResult(
             metadata={

@@ -116,28 +116,28 @@ def scores_contract(campaign: Campaign) -> pa.DataFrameSchema:
     )
 
 
+_REASON_PARTS = {
+    "": "feature that moved the score",
+    "_direction": "raises or lowers the probability",
+    "_contribution": "to the calibrated log-odds",
+    "_value": "of this customer",
+    "_typical": "of the scored population",
+    "_sentence": "the reason in words",
+}
+
+
 def reason_columns(campaign: Campaign) -> list[str]:
     """Names of the score columns that say why, the strongest reason first."""
-    parts = ("", "_direction", "_contribution", "_value", "_typical", "_sentence")
-    return [f"reason_{i}{part}" for i in range(1, campaign.explanations.reasons + 1) for part in parts]
+    return list(_reason_contract(campaign))
 
 
 def _reason_contract(campaign: Campaign) -> dict[str, Any]:
-    words = {
-        "direction": "raises or lowers the probability",
-        "contribution": "to the calibrated log-odds",
-        "value": "of this customer",
-        "typical": "of the scored population",
-        "sentence": "the reason in words",
-    }
     found: dict[str, Any] = {}
-    for name in reason_columns(campaign):
-        part = name.split("_", 2)[2] if name.count("_") > 1 else ""
-        checks = [pa.Check.isin(["raises", "lowers"])] if part == "direction" else []
-        kind = float if part == "contribution" else str
-        found[name] = pa.Column(
-            kind, checks, nullable=True, description=words.get(part, "feature that moved the score")
-        )
+    for i in range(1, campaign.explanations.reasons + 1):
+        for part, words in _REASON_PARTS.items():
+            checks = [pa.Check.isin(["raises", "lowers"])] if part == "_direction" else []
+            kind = float if part == "_contribution" else str
+            found[f"reason_{i}{part}"] = pa.Column(kind, checks, nullable=True, description=words)
     return found
 
 

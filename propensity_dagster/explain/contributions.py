@@ -12,11 +12,12 @@ from math import factorial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from propensity_dagster.explain.trees import build_tables, tree_contributions
 from propensity_dagster.models.base import FittedModel
-from propensity_dagster.models.baseline import CellScorer
+from propensity_dagster.models.baseline import CellScorer, cells_of
 from propensity_dagster.models.calibration import Floats
 from propensity_dagster.models.ensemble import EnsembleScorer
 from propensity_dagster.models.linear import LinearScorer
@@ -48,6 +49,11 @@ class Contributions:
     raw_base: float
     raw: Floats
 
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """Features from the largest mean absolute contribution to the smallest."""
+        return np.argsort(-np.abs(self.values).mean(axis=0), kind="stable")
+
 
 class Explainer:
     """What a model's scores owe to each feature, against `reference` rows (m, p) of a population.
@@ -60,27 +66,22 @@ class Explainer:
     def __init__(self, model: FittedModel, reference: Floats) -> None:
         if not len(reference):
             raise ValueError("a score is explained against reference rows; got none")
-        self._model = model
+        self._calibrator = model.calibrator
         self._explain = _explainer(model.scorer, reference)
 
     def explain(self, X: Floats) -> Contributions:
-        """Contributions to the calibrated log-odds of encoded rows (n, p)."""
+        """Contributions to the calibrated log-odds of encoded rows (n, p).
+
+        The calibrator's curve is replaced by its secant between base and score: proportions stay, the sum is exact.
+        """
         raw_base, values = self._explain(X)
         raw = values.sum(axis=1)
-        base, values = _calibrated(self._model, raw_base, values)
-        return Contributions(base, values, raw_base, raw)
-
-
-def _calibrated(model: FittedModel, base: float, values: Floats) -> tuple[float, Floats]:
-    """The calibrator's curve is replaced by its secant between base and score: proportions stay, the sum is exact."""
-    total = values.sum(axis=1)
-    z = base + total
-    low = float(model.calibrator.apply(np.array([base]))[0])
-    high = model.calibrator.apply(z)
-    moved = np.abs(z - base) > 1e-12
-    slope = np.ones(len(z))
-    np.divide(high - low, z - base, out=slope, where=moved)
-    return low, values * slope[:, None]
+        z = raw_base + raw
+        base = float(self._calibrator.apply(np.array([raw_base]))[0])
+        slope = np.ones(len(z))
+        moved = np.abs(z - raw_base) > 1e-12
+        np.divide(self._calibrator.apply(z) - base, z - raw_base, out=slope, where=moved)
+        return Contributions(base, values * slope[:, None], raw_base, raw)
 
 
 def _explainer(scorer: Any, reference: Floats) -> _Explain:
@@ -123,8 +124,8 @@ def _linear(scorer: LinearScorer, reference: Floats) -> _Explain:
 
 
 def _network(scorer: NetworkScorer, reference: Floats) -> _Explain:
-    others = _network_inputs(scorer, reference[:: max(1, len(reference) // _NETWORK_REFERENCES)])
-    base = float(_forward(scorer, others).mean())
+    others = scorer.inputs(reference[:: max(1, len(reference) // _NETWORK_REFERENCES)])
+    base = float(scorer.output(others).mean())
     numbers = len(scorer.scaling.columns) + len(scorer.scaling.indicators)
 
     def explain(X: Floats) -> tuple[float, Floats]:
@@ -132,10 +133,10 @@ def _network(scorer: NetworkScorer, reference: Floats) -> _Explain:
 
         def explain_chunk(start: int) -> None:
             rows = slice(start, start + _ROWS_A_CHUNK)
-            own = _network_inputs(scorer, X[rows])
+            own = scorer.inputs(X[rows])
             values = _expected_gradients(scorer, own, others)
             # What the rule of three nodes leaves is shared in proportion.
-            left = _forward(scorer, own) - base - values.sum(axis=1)
+            left = scorer.output(own) - base - values.sum(axis=1)
             size = np.abs(values)
             total = size.sum(axis=1)
             values += np.divide(left, total, out=np.zeros(len(left)), where=total > 0)[:, None] * size
@@ -192,24 +193,10 @@ def _gradient(layers: list[tuple[Any, Any]], z: Any) -> Any:
     return gradient
 
 
-def _network_inputs(scorer: NetworkScorer, X: Floats) -> Floats:
-    codes = scorer.one_hot.codes(X)
-    embedded = [table[codes[:, i]] for i, table in enumerate(scorer.embeddings)]
-    return np.hstack([scorer.scaling.apply(X), *embedded])
-
-
-def _forward(scorer: NetworkScorer, hidden: Floats) -> Floats:
-    for weights, bias in scorer.layers[:-1]:
-        hidden = hidden @ weights + bias
-        hidden = hidden / (1 + np.exp(-hidden))
-    weights, bias = scorer.layers[-1]
-    return (hidden @ weights + bias)[:, 0]
-
-
 def _cells(scorer: CellScorer, reference: Floats) -> _Explain:
     k = len(scorer.columns)
-    digits_of_others = _digits(scorer, reference)
     sizes = [len(edges) + 2 for edges in scorer.edges]
+    digits_of_others = np.column_stack(np.unravel_index(cells_of(reference, scorer.columns, scorer.edges), sizes))
     # Worth of a coalition, by the digits of the row: a table over the row's digits, as the others are averaged.
     grid = np.stack(np.meshgrid(*[np.arange(size) for size in sizes], indexing="ij"), axis=-1).reshape(-1, k)
     worth: dict[tuple[bool, ...], Floats] = {}
@@ -230,21 +217,12 @@ def _cells(scorer: CellScorer, reference: Floats) -> _Explain:
 
     def explain(X: Floats) -> tuple[float, Floats]:
         values = np.zeros(X.shape)
-        found = shares[np.ravel_multi_index(tuple(_digits(scorer, X).T), sizes)]
+        found = shares[cells_of(X, scorer.columns, scorer.edges)]
         for i, column in enumerate(scorer.columns):
             values[:, column] += found[:, i]
         return base, values
 
     return explain
-
-
-def _digits(scorer: CellScorer, X: Floats) -> Any:
-    digits = np.empty((len(X), len(scorer.columns)), dtype=np.int64)
-    for i, (column, edges) in enumerate(zip(scorer.columns, scorer.edges, strict=True)):
-        values = X[:, column]
-        digit = np.searchsorted(np.array(edges), values, side="right")
-        digits[:, i] = np.where(np.isnan(values), len(edges) + 1, digit)
-    return digits
 
 
 def _ensemble(scorer: EnsembleScorer, reference: Floats) -> _Explain:

@@ -16,14 +16,8 @@ _SHOWN, _DEPENDENCE = 12, 4
 _LINE, _BAND = "#0072B2", "#BBBBBB"
 
 
-def publish_explanation_plots(explained: Explained, categories: list[tuple[str, ...]], folder: Path) -> list[Path]:
-    """Draw everything into `folder`, and return the files. Where there is nothing to draw the picture says so.
-
-    Args:
-        explained: what `explain_model` found.
-        categories: of each column of the matrix.
-        folder: where the PNG files go.
-    """
+def publish_explanation_plots(explained: Explained, folder: Path) -> list[Path]:
+    """Draw everything into `folder`, and return the files. Where there is nothing to draw the picture says so."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,7 +42,7 @@ def publish_explanation_plots(explained: Explained, categories: list[tuple[str, 
             _partial(plt, explained, folder / "explanations_partial.png", title),
         ]
         for name, row in typical_rows(explained).items():
-            files.append(_waterfall(shap, plt, explained, categories, row, name, folder))
+            files.append(_waterfall(shap, plt, explained, row, name, folder))
     return files
 
 
@@ -70,7 +64,7 @@ def _summary(shap: Any, plt: Any, explained: Explained, explanation: Any, file: 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     if _moved(explained):
         shown = min(_SHOWN, explained.X.shape[1])
-        order = np.argsort(-np.abs(explained.contributions.values).mean(axis=0), kind="stable")[:shown]
+        order = explained.contributions.order[:shown]
         shap.plots.beeswarm(
             explanation[:, order], max_display=shown, show=False, ax=left, plot_size=None, color=plt.get_cmap("cividis")
         )
@@ -91,7 +85,7 @@ def _summary(shap: Any, plt: Any, explained: Explained, explanation: Any, file: 
 
 
 def _scatter(shap: Any, plt: Any, explained: Explained, explanation: Any, file: Path, title: str) -> Path:
-    order = np.argsort(-np.abs(explained.contributions.values).mean(axis=0), kind="stable")
+    order = explained.contributions.order
     chosen = [i for i in order if explained.features[i].kind != CATEGORY][:_DEPENDENCE] if _moved(explained) else []
     figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     for axes, i in zip(grid.flat, chosen, strict=False):
@@ -133,13 +127,8 @@ def _partial(plt: Any, explained: Explained, file: Path, title: str) -> Path:
     return _save(plt, figure, file)
 
 
-def _waterfall(
-    shap: Any, plt: Any, explained: Explained, categories: list[tuple[str, ...]], index: int, name: str, folder: Path
-) -> Path:
-    shown = [
-        _shown(value, categories[i] if feature.kind == CATEGORY else ())
-        for i, (feature, value) in enumerate(zip(explained.features, explained.X[index], strict=True))
-    ]
+def _waterfall(shap: Any, plt: Any, explained: Explained, index: int, name: str, folder: Path) -> Path:
+    shown = [words(f.value(value)) for f, value in zip(explained.features, explained.X[index], strict=True)]
     row = shap.Explanation(
         explained.contributions.values[index],
         base_values=explained.contributions.base,
@@ -156,12 +145,6 @@ def _waterfall(
         y=1.04,
     )
     return _save(plt, figure, folder / f"explanations_{name}.png")
-
-
-def _shown(value: float, categories: tuple[str, ...]) -> str:
-    if np.isnan(value):
-        return "none known"
-    return categories[int(value)] if categories else words(float(value))
 
 
 def _nothing(axes: Any, words: str) -> None:

@@ -14,7 +14,7 @@ from propensity_dagster.errors import ConfigError
 from propensity_dagster.features.definitions import Feature, define_features
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.calibration import Floats
-from propensity_dagster.models.dataset import CATEGORY
+from propensity_dagster.models.dataset import CATEGORY, NUMBER
 
 REFERENCE_ROWS = 256
 _SAMPLE_ROWS = 20_000
@@ -28,6 +28,7 @@ class FeatureWords:
         name: what the outside calls it.
         feature: what the model calls it.
         kind: "number" or "category".
+        categories: of a category, by its code.
         meaning: in words.
         window: in days, "all", or "".
         stream: the event log it comes from, or "".
@@ -42,6 +43,7 @@ class FeatureWords:
     name: str
     feature: str
     kind: str
+    categories: tuple[str, ...]
     meaning: str
     window: str
     stream: str
@@ -52,6 +54,12 @@ class FeatureWords:
     hidden: bool
     typical: Any
 
+    def value(self, encoded: float) -> float | str | None:
+        """What an encoded value stands for; None for a missing one."""
+        if np.isnan(encoded):
+            return None
+        return self.categories[int(encoded)] if self.kind == CATEGORY else float(encoded)
+
 
 def describe_features(campaign: Campaign, model: FittedModel, sample: pa.Table) -> tuple[FeatureWords, ...]:
     """The features of a model, in the order of its matrix.
@@ -59,18 +67,18 @@ def describe_features(campaign: Campaign, model: FittedModel, sample: pa.Table) 
     Raises:
         ConfigError: when `explanations` names a feature that does not exist.
     """
-    kinds = {spec.name: spec.kind for spec in model.contract.features}
+    specs = {spec.name: spec for spec in model.contract.features}
     aliases: dict[str, str] = {}
     defined: dict[str, Feature] = {}
     if isinstance(campaign, EventCampaign):
         aliases = {target: alias for alias, target in campaign.features.names.items()}
-        types = {name: kinds.get(name, "number") for name in campaign.attributes}
+        types = {name: specs[name].kind if name in specs else NUMBER for name in campaign.attributes}
         defined = {feature.name: feature for feature in define_features(campaign, types)}
     stated = campaign.explanations
-    templates = _by_feature(campaign, stated.sentences, aliases, {*kinds, *defined})
-    hidden = _by_feature(campaign, dict.fromkeys(stated.hidden, True), aliases, {*kinds, *defined})
+    templates = _by_feature(campaign, stated.sentences, aliases, {*specs, *defined})
+    hidden = _by_feature(campaign, dict.fromkeys(stated.hidden, True), aliases, {*specs, *defined})
     found: list[FeatureWords] = []
-    for name, kind in kinds.items():
+    for name, spec in specs.items():
         feature, attribute = defined.get(name), campaign.attributes.get(name)
         source = feature.source if feature else name
         if attribute is not None:
@@ -80,7 +88,8 @@ def describe_features(campaign: Campaign, model: FittedModel, sample: pa.Table) 
             FeatureWords(
                 aliases.get(name, name),
                 name,
-                kind,
+                spec.kind,
+                spec.categories,
                 feature.meaning if feature else name.replace("_", " "),
                 feature.window if feature else "",
                 feature.stream if feature else "",
@@ -89,7 +98,7 @@ def describe_features(campaign: Campaign, model: FittedModel, sample: pa.Table) 
                 attribute.maximum if attribute else None,
                 templates.get(name, ""),
                 name in hidden,
-                _typical(sample[name], kind),
+                _typical(sample[name], spec.kind),
             )
         )
     return tuple(found)

@@ -1,6 +1,5 @@
 """Reason codes: for each scored customer the features that moved its score most, in words."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +9,9 @@ from numpy.typing import NDArray
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.explain.contributions import Explainer
-from propensity_dagster.explain.population import FeatureWords, describe_features, reference_rows
+from propensity_dagster.explain.population import describe_features, reference_rows
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.calibration import Floats
-from propensity_dagster.models.dataset import CATEGORY
 from propensity_dagster.wording import reason_sentence, words
 
 NO_REASON = -1
@@ -51,7 +49,6 @@ class ReasonCoder:
     def __init__(self, campaign: Campaign, model: FittedModel, sample: pa.Table) -> None:
         self.count = campaign.explanations.reasons
         self.features = describe_features(campaign, model, sample)
-        self._categories = [spec.categories for spec in model.contract.features]
         self._shown = np.array([not feature.hidden for feature in self.features])
         sources = [feature.source for feature in self.features]
         self._sources = [np.flatnonzero([s == name for s in sources]) for name in dict.fromkeys(sources)]
@@ -105,7 +102,7 @@ class ReasonCoder:
             different = np.column_stack([np.where(missing, 0.0, value[rows]), missing, raises[rows]])
             keys, place = np.unique(different, axis=0, return_inverse=True)
             place = np.ravel(place)
-            shown = [None if key[1] else _value(words_of, self._categories[code], key[0]) for key in keys]
+            shown = [None if key[1] else words_of.value(key[0]) for key in keys]
             sentences = [
                 reason_sentence(
                     words_of.template, words_of.meaning, words_of.window, v, words_of.typical, raises=bool(key[2])
@@ -126,7 +123,3 @@ class ReasonCoder:
             f"{name}_typical": pa.array(texts["typical"], pa.string()),
             f"{name}_sentence": pa.array(texts["sentence"], pa.string()),
         }
-
-
-def _value(feature: FeatureWords, categories: Sequence[str], encoded: float) -> float | str:
-    return categories[int(encoded)] if feature.kind == CATEGORY else float(encoded)

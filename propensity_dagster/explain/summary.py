@@ -76,6 +76,7 @@ def explain_model(campaign: Campaign, model: FittedModel, version: str, role: st
     features = describe_features(campaign, model, table)
     found = Explainer(model, reference_rows(model, table)).explain(X)
     z = model.log_odds(X)
+    loss = log_loss(z, y)
     record: dict[str, Any] = {
         "campaign": campaign.name,
         "version": version,
@@ -88,15 +89,16 @@ def explain_model(campaign: Campaign, model: FittedModel, version: str, role: st
         "largest_difference": float(np.abs(found.base + found.values.sum(axis=1) - z).max()),
         "calibration": _calibration(model, found, z),
         "members": _members(model, X, table),
-        "features": _importance(found.values, features, entity, model, X, y),
+        "features": _importance(found.values, features, entity, model, X, y, loss),
         "sources": _summed(found.values, features, [f.source for f in features], entity),
         "streams": _summed(found.values, features, [f.stream or "customer" for f in features], entity),
-        "shuffled_streams": _shuffled_streams(model, features, X, y),
+        "shuffled_streams": _shuffled_streams(model, features, X, y, loss),
         "dependence": _dependence(model, found, features, X),
     }
     history = home.reports(campaign.name) / HISTORY
-    record["jumped"] = _jumped(record, _read_history(history), version)
-    _write_history(history, record)
+    lines = _read_history(history)
+    record["jumped"] = _jumped(record, lines, version)
+    _write_history(history, record, lines)
     publish_text(json.dumps(record, indent=1), home.reports(campaign.name) / RECORD)
     return Explained(record, X, found, features, 1 / (1 + np.exp(-z)))
 
@@ -126,14 +128,19 @@ def _members(model: FittedModel, X: Floats, table: pa.Table) -> list[dict[str, A
 
 
 def _importance(
-    values: Floats, features: Sequence[FeatureWords], entity: Ints, model: FittedModel, X: Floats, y: Floats
+    values: Floats,
+    features: Sequence[FeatureWords],
+    entity: Ints,
+    model: FittedModel,
+    X: Floats,
+    y: Floats,
+    loss: float,
 ) -> list[dict[str, Any]]:
     """Mean absolute contribution with its interval; for the first twenty the loss when the feature is shuffled."""
     size = np.abs(values)
     draws = _weighted_means(size, entity)
     shares = draws / np.maximum(draws.sum(axis=1, keepdims=True), 1e-300)
     order = np.argsort(-draws[0], kind="stable")
-    loss = log_loss(model.log_odds(X), y)
     found: list[dict[str, Any]] = []
     for rank, i in enumerate(order.tolist()):
         words = features[i]
@@ -172,12 +179,11 @@ def _summed(
 
 
 def _shuffled_streams(
-    model: FittedModel, features: Sequence[FeatureWords], X: Floats, y: Floats
+    model: FittedModel, features: Sequence[FeatureWords], X: Floats, y: Floats, loss: float
 ) -> list[dict[str, Any]]:
     """How much worse this model is when all of a stream is given to other customers. Not what a model trained
     without it would lose: another stream may tell the same.
     """
-    loss = log_loss(model.log_odds(X), y)
     names = sorted({f.stream or "customer" for f in features})
     found = [
         {
@@ -209,10 +215,9 @@ def _dependence(
 
     The curve ends where the data end: it goes from the 1st to the 99th percentile of the known values.
     """
-    order = np.argsort(-np.abs(found.values).mean(axis=0), kind="stable")
     rows = X[np.linspace(0, len(X) - 1, min(200, len(X))).astype(int)]
     curves: list[dict[str, Any]] = []
-    for i in order.tolist():
+    for i in found.order.tolist():
         values = X[:, i]
         known = values[~np.isnan(values)]
         if features[i].kind == CATEGORY or len(np.unique(known)) < 2 or not np.abs(found.values[:, i]).any():
@@ -258,9 +263,9 @@ def _read_history(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def _write_history(file: Path, record: dict[str, Any]) -> None:
+def _write_history(file: Path, record: dict[str, Any], before: list[dict[str, Any]]) -> None:
     """One line per version; explaining a version again replaces its line."""
     shares = {row["feature"]: row["share"]["value"] for row in record["features"]}
-    lines = [line for line in _read_history(file) if line["version"] != record["version"]]
+    lines = [line for line in before if line["version"] != record["version"]]
     lines.append({"version": record["version"], "model": record["model"], "shares": shares})
     publish_text("".join(json.dumps(line) + "\n" for line in lines), file)

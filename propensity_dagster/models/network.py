@@ -43,13 +43,23 @@ class NetworkScorer:
         out = np.empty(len(X))
         for start in range(0, len(X), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            out[rows] = self.forward(self.scaling.apply(X[rows]), self.one_hot.codes(X[rows]))
+            out[rows] = self.output(self.inputs(X[rows]))
         return out
 
     def forward(self, numbers: Floats, codes: Ints) -> Floats:
         """Log-odds (n,) of scaled numbers (n, k) and category codes (n, c)."""
+        return self.output(self._joined(numbers, codes))
+
+    def inputs(self, X: Floats) -> Floats:
+        """What the first layer reads (n, i): scaled numbers and indicators, then embeddings."""
+        return self._joined(self.scaling.apply(X), self.one_hot.codes(X))
+
+    def _joined(self, numbers: Floats, codes: Ints) -> Floats:
         embedded = [table[codes[:, i]] for i, table in enumerate(self.embeddings)]
-        hidden = np.hstack([numbers, *embedded])
+        return np.hstack([numbers, *embedded])
+
+    def output(self, hidden: Floats) -> Floats:
+        """Log-odds (n,) of the first layer's inputs (n, i)."""
         for weights, bias in self.layers[:-1]:
             hidden = hidden @ weights + bias
             hidden /= 1 + np.exp(-hidden)  # SiLU

@@ -32,7 +32,6 @@ class _JoinedWrites:
         self._transport = transport
         self._call_soon = loop.call_soon
         self._head: bytes | None = None
-        self.write_now = transport.write
         self.is_closing = transport.is_closing
 
     def __getattr__(self, name: str) -> Any:
@@ -49,6 +48,11 @@ class _JoinedWrites:
             self._call_soon(self._flush)
         else:
             self._transport.write(data)
+
+    def write_now(self, data: bytes) -> None:
+        """Send a whole answer, after what is held."""
+        self._flush()
+        self._transport.write(data)
 
     def close(self) -> None:
         """Send what is held, then close."""
