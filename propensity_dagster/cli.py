@@ -1,6 +1,7 @@
 """The command line. Thin: every command prepares the environment and calls one function or one process."""
 
 import os
+import signal
 import subprocess
 import sys
 from datetime import date
@@ -15,6 +16,7 @@ from rich.table import Table
 from propensity_dagster.campaign import SHIPPED, Campaign, load_campaign, load_campaigns
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError, PropensityError
+from propensity_dagster.reports.site import DEFAULT_PORT, URL, serve_reports
 
 app = typer.Typer(
     help="Customer propensity modelling as a Dagster lineage graph. One campaign is one YAML file.",
@@ -117,13 +119,21 @@ def new(
 @app.command()
 def dev(
     port: Annotated[int, typer.Option(help="Port of the UI on 127.0.0.1.")] = 3001,
+    reports_port: Annotated[int, typer.Option(help="Port of the reports that the UI links to.")] = DEFAULT_PORT,
 ) -> None:
-    """Start Dagster's UI and daemon on the home folder; stop with Ctrl-C."""
+    """Start Dagster's UI and daemon on the home folder, and the reports beside them; stop with Ctrl-C."""
     load_campaigns(Path(os.environ.get(_CAMPAIGNS) or SHIPPED))  # a broken file is told here, not in an empty UI
     environment = _environment(None)
+    reports = serve_reports(Home.from_environment().root / "reports", reports_port)
+    environment.setdefault(URL, reports)
     # `python -m` and not the script: a virtual environment need not be activated.
     command = [sys.executable, "-m", "dagster", "dev", "-m", "propensity_dagster.definitions"]
-    os.execve(sys.executable, [*command, "-h", "127.0.0.1", "-p", str(port)], environment)
+    command += ["-h", "127.0.0.1", "-p", str(port)]
+    # A session of its own: a Ctrl-C reaches Dagster once, from us, and it ends its processes in order.
+    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: os.killpg(child.pid, received))
+    raise typer.Exit(child.wait())
 
 
 @app.command()

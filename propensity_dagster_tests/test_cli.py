@@ -102,10 +102,10 @@ def test_the_ui_shows_what_the_demo_materialized(demo):
     import signal
 
     home, file, _ = demo
-    port = free_port()
+    port, reports = free_port(), free_port()
     environment = {**os.environ, "PROPENSITY_HOME": str(home), "PROPENSITY_CAMPAIGNS": str(file.parent)}
     server = subprocess.Popen(
-        [*PROPENSITY, "dev", "--port", str(port)], cwd=ROOT, env=environment, start_new_session=True,
+        [*PROPENSITY, "dev", "--port", str(port), "--reports-port", str(reports)], cwd=ROOT, env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     query = """{
@@ -140,6 +140,7 @@ def test_the_ui_shows_what_the_demo_materialized(demo):
             "candidate_ensemble",
             "evaluation",
             "champion",
+            "report",
             "scores",
         ):
             assert f"small/{table}" in materialized
@@ -150,12 +151,11 @@ def test_the_ui_shows_what_the_demo_materialized(demo):
             "small__nightly_predictions",
         }
         assert len(repository["sensors"]) == 4
+        page = urllib.request.urlopen(f"http://127.0.0.1:{reports}/small/report.html", timeout=10).read()
+        assert page == (home / "reports" / "small" / "report.html").read_bytes()
     finally:
-        os.killpg(server.pid, signal.SIGINT)
-        try:
-            server.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=60)  # Dagster's processes, which have a session of their own, have ended before
 
 
 def test_the_readme_shows_the_shipped_campaign_file():

@@ -14,6 +14,7 @@ import dagster as dg
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import asset_job, daily
 from propensity_dagster.components.explaining import EXPLANATIONS
+from propensity_dagster.components.reporting import REPORT
 from propensity_dagster.components.scoring import score_tables
 from propensity_dagster.components.serving import ONLINE_FEATURES, RELEASE
 from propensity_dagster.components.training import DIAGNOSIS, candidate_table
@@ -93,8 +94,9 @@ def _train_job(campaign: Campaign, before: list[str]) -> Any:
         "evaluation",
         "champion",
         EXPLANATIONS,
+        REPORT,
     ]
-    description = "Train every candidate, judge them, promote if earned, explain the champion."
+    description = "Train every candidate, judge them, promote if earned, explain the champion, write the report."
     return asset_job(campaign, train_job_name(campaign), tables, description)
 
 

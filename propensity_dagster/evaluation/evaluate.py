@@ -19,14 +19,18 @@ from propensity_dagster.evaluation.metrics import (
     METRICS,
     Judged,
     Weighted,
+    bin_rates,
     decile_gains,
     gains,
     mean_probability,
 )
-from propensity_dagster.evaluation.value import break_even, break_even_totals
+from propensity_dagster.evaluation.value import break_even, break_even_totals, top_totals
 
 ORACLE, CHAMPION = "oracle", "champion"
 _GAINS, _BREAK_EVEN, _MEAN = "decile_gains", "break_even_totals", "mean_probability"
+_BINS, _TOP = "bin_rates", "top_totals"
+_TOP_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+_SCORE_BINS = 40
 _SEGMENT_METRICS = {name: METRICS[name] for name in ("log_loss", "auc", "calibration_error", "top_decile_lift")}
 _GAIN_POINTS = np.arange(1, 101) / 100
 
@@ -40,6 +44,7 @@ class TestScores:
         entity: entity code (n,) from 0.
         log_odds: per model (n,): the candidates, "champion" if there is one, "oracle" on synthetic data.
         segments: per segment column, the value of each row as text (n,).
+        period: the snapshot of each row, or another piece of time, as text (n,); None where rows have no order.
         training_rate: conversion rate of the training rows: what the constant forecasts.
     """
 
@@ -48,6 +53,7 @@ class TestScores:
     log_odds: Mapping[str, Floats]
     segments: Mapping[str, NDArray[np.object_]]
     training_rate: float
+    period: NDArray[np.object_] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,10 @@ def evaluate(
     constant = np.full(len(scores.y), np.log(scores.training_rate) - np.log1p(-scores.training_rate))
     log_odds = {CONSTANT: constant, **scores.log_odds}
     models = {name: Judged(z, scores.y) for name, z in log_odds.items()}
-    extended = {**METRICS, _GAINS: decile_gains, _BREAK_EVEN: break_even_totals(campaign.value)}
+    extended = {**METRICS, _GAINS: decile_gains, _BREAK_EVEN: break_even_totals(campaign.value), _BINS: bin_rates}
     replicated = replicate_metrics(models, scores.entity, replicates, campaign.seed, extended)
     segments = _segments(campaign, scores, models, challenger, replicates)
+    periods = {} if scores.period is None else {"": scores.period}
     champion = CHAMPION if CHAMPION in models else None
     decision = decide(challenger, champion, replicated, segments[challenger], saved_difference, campaign.gate)
     record = {
@@ -91,6 +98,7 @@ def evaluate(
         "rows": len(scores.y),
         "converted": int(scores.y.sum()),
         "outcome_rate": float(scores.y.mean()),
+        "training_rate": scores.training_rate,
         "challenger": challenger,
         "models": {
             name: {metric: estimate(found[metric]).to_json() for metric in METRICS}
@@ -99,11 +107,13 @@ def evaluate(
         "comparisons": _comparisons(challenger, replicated),
         "deciles": _deciles(replicated),
         "threshold": _threshold(campaign, replicated),
+        "thresholds": _thresholds(campaign, scores, models[challenger], replicates),
         "segments": segments,
+        "periods": _groups(campaign, scores, models, challenger, replicates, periods)[challenger],
         "decision": decision.to_json(),
         "bootstrap": {"unit": "entity", "replicates": replicates, "seed": campaign.seed, "interval": 0.95},
     }
-    return Evaluation(record, _tables(models, record), decision)
+    return Evaluation(record, _tables(models, replicated, record), decision)
 
 
 def _comparisons(challenger: str, replicated: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
@@ -155,13 +165,51 @@ def _threshold(campaign: Campaign, replicated: Mapping[str, Mapping[str, Floats]
     return {"probability": break_even(value), "models": found}
 
 
+def _thresholds(campaign: Campaign, scores: TestScores, judged: Judged, replicates: int) -> list[dict[str, Any]]:
+    """What contacting the challenger's best 1%, 2%, ... of the rows finds and brings; money per 1,000 rows.
+
+    The cut-offs are those of the test rows and stay fixed in every resample.
+    """
+    cuts = [float(np.sort(judged.probability)[::-1][max(round(f * len(scores.y)), 1) - 1]) for f in _TOP_FRACTIONS]
+    metrics = {_TOP: top_totals(cuts)}
+    totals = replicate_metrics({_TOP: judged}, scores.entity, replicates, campaign.seed, metrics)[_TOP][_TOP]
+    converters, rows = totals[:, -2], totals[:, -1]
+    found: list[dict[str, Any]] = []
+    for i, cut in enumerate(cuts):
+        contacted, hits = totals[:, 2 * i], totals[:, 2 * i + 1]
+        profit = hits * campaign.value.margin_per_conversion - contacted * campaign.value.cost_per_contact
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold nobody above the cut-off
+            found.append(
+                {
+                    "probability": cut,
+                    "contacted": estimate(contacted / rows).to_json(),
+                    "precision": estimate(hits / contacted).to_json(),
+                    "recall": estimate(hits / converters).to_json(),
+                    "profit_per_thousand": estimate(1000 * profit / rows).to_json(),
+                }
+            )
+    return found
+
+
 def _segments(
     campaign: Campaign, scores: TestScores, models: Mapping[str, Judged], challenger: str, replicates: int
 ) -> dict[str, dict[str, Any]]:
     """Metrics within each segment value, of the challenger and what it is measured against."""
+    return _groups(campaign, scores, models, challenger, replicates, scores.segments)
+
+
+def _groups(
+    campaign: Campaign,
+    scores: TestScores,
+    models: Mapping[str, Judged],
+    challenger: str,
+    replicates: int,
+    groups: Mapping[str, NDArray[np.object_]],
+) -> dict[str, dict[str, Any]]:
+    """Metrics within each value of each grouping (n,); keys are "column=value", or the value where it has no name."""
     chosen = [name for name in (challenger, "baseline", CONSTANT, ORACLE) if name in models]
     found: dict[str, dict[str, Any]] = {name: {} for name in chosen}
-    for column, values in scores.segments.items():
+    for column, values in groups.items():
         for value in sorted(set(values.tolist())):
             rows = values == value
             y = scores.y[rows]
@@ -170,7 +218,7 @@ def _segments(
             metrics = {**_SEGMENT_METRICS, _BREAK_EVEN: break_even_totals(campaign.value), _MEAN: mean_probability}
             replicated = replicate_metrics(within, entity, replicates // 3, campaign.seed, metrics)
             for name in chosen:
-                found[name][f"{column}={value}"] = {
+                found[name][f"{column}={value}" if column else value] = {
                     "rows": int(rows.sum()),
                     "converted": int(y.sum()),
                     **{metric: estimate(replicated[name][metric]).to_json() for metric in _SEGMENT_METRICS},
@@ -192,7 +240,9 @@ def _fairness(replicated: Mapping[str, Floats]) -> dict[str, Any]:
         }
 
 
-def _tables(models: Mapping[str, Judged], record: Mapping[str, Any]) -> dict[str, pa.Table]:
+def _tables(
+    models: Mapping[str, Judged], replicated: Mapping[str, Mapping[str, Floats]], record: Mapping[str, Any]
+) -> dict[str, pa.Table]:
     ones = np.ones((1, len(next(iter(models.values())).y)))
     gain_rows, calibration_rows, decile_rows = [], [], []
     for name, judged in models.items():
@@ -203,6 +253,7 @@ def _tables(models: Mapping[str, Judged], record: Mapping[str, Any]) -> dict[str
             for x, g in zip(_GAIN_POINTS, curve, strict=True)
         ]
         n, forecast, rate = (values[0] for values in weighted.bins)
+        band = [estimate(replicated[name][_BINS][:, i]) for i in range(len(n))]
         calibration_rows += [
             {
                 "model": name,
@@ -210,6 +261,8 @@ def _tables(models: Mapping[str, Judged], record: Mapping[str, Any]) -> dict[str
                 "rows": int(n[i]),
                 "mean_probability": float(forecast[i]),
                 "rate": float(rate[i]),
+                "low": band[i].low,
+                "high": band[i].high,
             }
             for i in range(len(n))
             if n[i]
@@ -229,7 +282,19 @@ def _tables(models: Mapping[str, Judged], record: Mapping[str, Any]) -> dict[str
         "gain_curve": pa.Table.from_pylist(gain_rows),
         "calibration_curve": pa.Table.from_pylist(calibration_rows),
         "deciles": pa.Table.from_pylist(decile_rows),
+        "score_distribution": _distribution(models[record["challenger"]]),
     }
     if segment_rows:
         tables["segments"] = pa.Table.from_pylist(segment_rows)
     return tables
+
+
+def _distribution(judged: Judged) -> pa.Table:
+    """Histogram of the log-odds: which share of the converters, and of the others, lies in each bin.
+
+    The bins span 99.8% of the rows; a few outliers would press everybody else into one bar.
+    """
+    low, high = np.quantile(judged.z, [0.001, 0.999])
+    edges = np.linspace(low, max(high, low + 0.1), _SCORE_BINS + 1)
+    shares = [np.histogram(judged.z[judged.y == side], edges)[0] / max((judged.y == side).sum(), 1) for side in (1, 0)]
+    return pa.table({"low": edges[:-1], "high": edges[1:], "converters": shares[0], "others": shares[1]})

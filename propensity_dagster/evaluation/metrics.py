@@ -184,6 +184,12 @@ def top_decile_lift(r: Weighted) -> Floats:
     return gains(r, np.array([0.1]))[:, 0] / 0.1
 
 
+def bin_rates(r: Weighted) -> Floats:
+    """Conversion rate of each calibration bin (replicates, bins); NaN where a bin is empty."""
+    n, _, rate = r.bins
+    return np.where(n > 0, rate, np.nan)
+
+
 def gains(r: Weighted, fractions: Floats) -> Floats:
     """Share of converters among the given fractions of rows with the highest forecasts.
 

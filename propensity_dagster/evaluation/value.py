@@ -1,7 +1,8 @@
 """Money: whom it pays to contact, and what that is expected to earn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,10 +74,20 @@ def plan_contacts(probability: Floats, value: Value) -> ContactPlan:
 def break_even_totals(value: Value) -> Callable[[Weighted], Floats]:
     """A metric (replicates, 4): rows contacted above break-even, converters among them, all converters, all rows."""
     cut = break_even(value)
+    return _totals([lambda p: p > cut])
 
+
+def top_totals(cuts: Sequence[float]) -> Callable[[Weighted], Floats]:
+    """A metric (replicates, 2 k + 2): rows at or above each of k probabilities and converters among them; then all
+    converters, all rows.
+    """
+    return _totals([partial(np.less_equal, cut) for cut in cuts])
+
+
+def _totals(choices: Sequence[Callable[[Floats], Any]]) -> Callable[[Weighted], Floats]:
     def totals(r: Weighted) -> Floats:
-        chosen = (r.judged.probability > cut).astype(np.float64)
-        columns = [chosen, chosen * r.judged.y, r.judged.y, np.ones_like(chosen)]
-        return r.w @ np.column_stack(columns)
+        chosen = [np.asarray(choose(r.judged.probability), dtype=np.float64) for choose in choices]
+        columns = [column for c in chosen for column in (c, c * r.judged.y)]
+        return r.w @ np.column_stack([*columns, r.judged.y, np.ones_like(r.judged.y)])
 
     return totals

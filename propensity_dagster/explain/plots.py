@@ -2,6 +2,7 @@
 
 import textwrap
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,7 @@ def _summary(shap: Any, plt: Any, explained: Explained, explanation: Any, file: 
             explanation[:, order], max_display=shown, show=False, ax=left, plot_size=None, color=plt.get_cmap("cividis")
         )
         left.set(xlabel="contribution to the log-odds of converting", title="Each dot is a customer")
-        rows = explained.record["features"][:shown][::-1]
-        for y, row in enumerate(rows):
-            size = row["mean_absolute"]
-            right.barh(y, size["value"], color=_LINE)
-            right.plot([size["low"], size["high"]], [y, y], color="black", linewidth=1.2)
-        right.set_yticks(range(shown), [_label(row["feature"]) for row in rows])
-        right.set(xlabel="mean absolute contribution, with 95% intervals", title="Importance")
+        draw_importance(right, explained.record["features"][:shown])
         right.spines[["top", "right"]].set_visible(False)
     else:
         _nothing(left, "no feature moves the score: the model gives everybody the same")
@@ -105,18 +100,7 @@ def _partial(plt: Any, explained: Explained, file: Path, title: str) -> Path:
     curves = explained.record["dependence"]
     figure, grid = plt.subplots(2, 3, figsize=(13, 7.5), layout="constrained")
     for axes, curve in zip(grid.flat, curves, strict=False):
-        for line in curve["curves"]:
-            axes.plot(curve["grid"], np.array(line) * 100, color=_BAND, linewidth=0.5, alpha=0.6)
-        axes.plot(curve["grid"], np.array(curve["mean"]) * 100, color=_LINE, linewidth=2.2)
-        bottom = axes.get_ylim()[0]
-        inside = [d for d in curve["deciles"] if curve["grid"][0] <= d <= curve["grid"][-1]]
-        axes.plot(inside, [bottom] * len(inside), "|", color="black", markersize=12)
-        notes = [f"{curve['missing']:.0%} have no value"] if curve["missing"] >= 0.005 else []
-        if curve["outside_the_curve"] > 0.025:
-            notes.append(f"{curve['outside_the_curve']:.0%} lie outside the curve")
-        axes.set(xlabel=curve["feature"].replace("_", " "), ylabel="probability (%)")
-        axes.set_title("; ".join(notes), fontsize=9)
-        axes.set_ylim(bottom=min(bottom, 0))
+        draw_dependence(axes, curve)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(curves) :]:
         _nothing(axes, "no further number moves the score" if curves else "no number moves the score")
@@ -125,6 +109,32 @@ def _partial(plt: Any, explained: Explained, file: Path, title: str) -> Path:
         "Ticks are the deciles of the data; the curve ends where the data end, at the 1st and 99th percentile"
     )
     return _save(plt, figure, file)
+
+
+def draw_importance(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Bars of rows of a record that have a `mean_absolute` and a `feature` or `name`, the largest first."""
+    for y, row in enumerate(rows[::-1]):
+        size = row["mean_absolute"]
+        axes.barh(y, size["value"], color=_LINE)
+        axes.plot([size["low"], size["high"]], [y, y], color="black", linewidth=1.2)
+    axes.set_yticks(range(len(rows)), [_label(row.get("feature") or row["name"]) for row in rows[::-1]])
+    axes.set(xlabel="mean absolute contribution, with 95% intervals", title="Importance")
+
+
+def draw_dependence(axes: Any, curve: Mapping[str, Any]) -> None:
+    """Partial dependence (thick), ICE (thin) and the deciles of the data (ticks) of one feature of a record."""
+    for line in curve["curves"]:
+        axes.plot(curve["grid"], np.array(line) * 100, color=_BAND, linewidth=0.5, alpha=0.6)
+    axes.plot(curve["grid"], np.array(curve["mean"]) * 100, color=_LINE, linewidth=2.2)
+    bottom = axes.get_ylim()[0]
+    inside = [d for d in curve["deciles"] if curve["grid"][0] <= d <= curve["grid"][-1]]
+    axes.plot(inside, [bottom] * len(inside), "|", color="black", markersize=12)
+    notes = [f"{curve['missing']:.0%} have no value"] if curve["missing"] >= 0.005 else []
+    if curve["outside_the_curve"] > 0.025:
+        notes.append(f"{curve['outside_the_curve']:.0%} lie outside the curve")
+    axes.set(xlabel=curve["feature"].replace("_", " "), ylabel="probability (%)")
+    axes.set_title("; ".join(notes), fontsize=9)
+    axes.set_ylim(bottom=min(bottom, 0))
 
 
 def _waterfall(shap: Any, plt: Any, explained: Explained, index: int, name: str, folder: Path) -> Path:

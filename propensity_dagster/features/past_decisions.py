@@ -54,7 +54,7 @@ def publish_decision_training_set(campaign: TableCampaign, home: Home, engine: E
             fold, is_test = _assign(campaign, table, order)
             _count(counts, table, is_test)
             features = [n for n in table.column_names if n not in (campaign.key, POSITION, DECIDED_AT, CONVERTED)]
-            out = table.select([campaign.key, *features, CONVERTED])
+            out = table.select([campaign.key, *([order.column] if order else []), *features, CONVERTED])
             out = out.add_column(1, "split", pa.array(np.where(is_test, TEST, TRAIN).astype(object), pa.string()))
             if campaign.split.folds:
                 out = out.add_column(2, "fold", pa.array(fold.astype(np.int8)))

@@ -11,6 +11,7 @@ import numpy as np
 
 from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.campaign_sections import Candidate
+from propensity_dagster.data.decisions import DECIDED_AT, POSITION
 from propensity_dagster.errors import ConfigError
 from propensity_dagster.models.base import Estimator, Fit, FittedModel, RfmColumns
 from propensity_dagster.models.baseline import CellBaseline
@@ -142,7 +143,8 @@ def load_datasets(campaign: Campaign, training_set: Path, fold: int | None) -> t
     """
     key = campaign.key
     table = read_split(training_set, "train", fold)
-    contract = FeatureContract.fit(table, key, campaign.protected)
+    order = () if isinstance(campaign, EventCampaign) else (POSITION, DECIDED_AT)
+    contract = FeatureContract.fit(table, key, (*campaign.protected, *order))
     train = make_dataset(table, contract, key)
     if not isinstance(campaign, EventCampaign):
         return train, None

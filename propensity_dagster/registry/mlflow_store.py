@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -17,10 +17,11 @@ from typing import Any
 from propensity_dagster.data.lake import Home, locked
 from propensity_dagster.errors import ConfigError
 from propensity_dagster.models.saved import model_identity
-from propensity_dagster.registry.store import Event, Version
+from propensity_dagster.registry.store import MADE_LATER, Event, Version
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _ARTIFACT = "saved_model"
+_REPORTS = "reports"
 _EVENT_TAG = "event_"
 _REQUIREMENTS = ("lightgbm", "numpy", "pyarrow", "scipy")
 
@@ -68,8 +69,8 @@ class MlflowStore:
             mlflow.log_params({k: v for k, v in facts.items() if isinstance(v, str | int | float)})
             mlflow.log_metrics(_flat_metrics(record))
             for file in sorted(reports.glob("*")):
-                if file.is_file():
-                    mlflow.log_artifact(str(file), "reports")
+                if file.is_file() and not file.name.startswith(MADE_LATER):
+                    mlflow.log_artifact(str(file), _REPORTS)
             # It prints greetings to stderr and warns of a missing example; errors still come as exceptions.
             with redirect_stderr(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -126,12 +127,18 @@ class MlflowStore:
         (folder,) = [p for p in (path / "artifacts").iterdir() if (p / "manifest.json").exists()]
         return folder
 
+    def log_reports(self, campaign: str, version: str, files: Sequence[Path]) -> None:
+        """Keep files with the run that a version came from; MLflow's UI shows them under its artifacts."""
+        run_id = self.version(campaign, version).run_id
+        for file in files:
+            self._client.log_artifact(run_id, str(file), _REPORTS)
+
     def evaluation(self, campaign: str, version: str) -> dict[str, Any]:
         """The record that was logged when the version was registered."""
         run_id = self.version(campaign, version).run_id
         from mlflow.artifacts import download_artifacts
 
-        file = Path(download_artifacts(run_id=run_id, artifact_path="reports/evaluation.json"))
+        file = Path(download_artifacts(run_id=run_id, artifact_path=f"{_REPORTS}/evaluation.json"))
         return json.loads(file.read_text(encoding="utf-8"))
 
     def promote(self, campaign: str, version: str, why: str) -> None:

@@ -1,9 +1,12 @@
 """What the rest of the system knows of the model store."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+MADE_LATER = ("explanations", "report")
+"""How names of reports begin that are made after a version is registered: until then the last run's lie there."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class ModelStore(Protocol):
 
     def folder(self, campaign: str, version: str) -> Path:
         """The saved model of a version."""
+        ...
+
+    def log_reports(self, campaign: str, version: str, files: Sequence[Path]) -> None:
+        """Keep files with the run that a version came from; those of the same names are replaced."""
         ...
 
     def evaluation(self, campaign: str, version: str) -> dict[str, Any]:

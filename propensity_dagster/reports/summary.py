@@ -48,12 +48,10 @@ def print_summary(campaign: Campaign, home: Home, console: Console) -> None:
 def _data(campaign: Campaign, home: Home) -> list[Any]:
     lake = home.lake(campaign.name)
     table = Table(title="Rows", title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("table", "read", "good", "quarantined", "duplicates"):
+    for column in ("table", "read", "good", "quarantined", "duplicates"):  # the keys of count_rows
         table.add_column(column, justify="left" if column == "table" else "right")
-    for name in _source_tables(campaign):
-        counts = [_rows(lake.root / f"{stage}_{name}") for stage in ("raw", "validated", "quarantine")]
-        read, good, bad = counts
-        table.add_row(name, *(f"{n:,}" for n in (read, good, bad, read - good - bad)))
+    for counts in count_rows(campaign, home):
+        table.add_row(*(f"{n:,}" if isinstance(n, int) else n for n in counts.values()))
     splits = pq.read_table(lake.existing(SPLITS)).to_pylist()
     used = [s for s in splits if s["rows"]]
     rows, converted = sum(s["rows"] for s in used), sum(s["converted"] for s in used)
@@ -72,6 +70,17 @@ def _data(campaign: Campaign, home: Home) -> list[Any]:
         f"{counts['embargo']} embargoed): {rows:,} rows, {converted:,} converted ({converted / rows:.2%})"
     )
     return [table, Text(caption)]
+
+
+def count_rows(campaign: Campaign, home: Home) -> list[dict[str, Any]]:
+    """Of each source table: rows read, good ones, those in quarantine, and duplicates."""
+    root = home.lake(campaign.name).root
+    found: list[dict[str, Any]] = []
+    for name in _source_tables(campaign):
+        read, good, bad = [_rows(root / f"{stage}_{name}") for stage in ("raw", "validated", "quarantine")]
+        counts = {"read": read, "good": good, "quarantined": bad, "duplicates": read - good - bad}
+        found.append({"table": name, **counts})
+    return found
 
 
 def _source_tables(campaign: Campaign) -> list[str]:
@@ -179,8 +188,7 @@ def _where(campaign: Campaign, home: Home) -> Table:
         ("lineage, runs, checks", f"{own}make dev"),
         ("scores, with reasons", _short(found[1]) if found else "none"),
         *([("over HTTP", "make serve")] if found else []),
-        ("plots", f"{_short(reports)}/*.png"),
-        ("why: pictures", f"{_short(reports)}/explanations_*.png"),
+        ("the evaluation, a page", _short(reports / "report.html")),
         ("for whom, how good", _short(reports / "model_card.md")),
         ("every number", _short(reports / "evaluation.json")),
         *([("features explained", _short(reports / "features.md"))] if (reports / "features.md").exists() else []),

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.campaign_sections import Candidate, Search
+from propensity_dagster.data.decisions import DECIDED_AT, POSITION
 from propensity_dagster.data.lake import Home, publish_table, publish_text, publishing, publishing_folder
 from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError
 from propensity_dagster.evaluation.evaluate import CHAMPION, ORACLE, Evaluation, TestScores, evaluate
@@ -29,6 +30,7 @@ from propensity_dagster.synthetic import is_synthetic, open_world
 logger = logging.getLogger(__name__)
 
 _SAVED_CHECK_ROWS = 10_000
+_QUARTERS = 4
 
 
 def publish_candidate(campaign: Campaign, candidate: Candidate, home: Home) -> tuple[FittedModel, float]:
@@ -185,7 +187,21 @@ def score_test_rows(campaign: Campaign, home: Home, champion: FittedModel | None
         log_odds=log_odds,
         segments={c: _segment_values(campaign, table, c) for c in campaign.all_segments},
         training_rate=float(train.cast("float64").to_numpy().mean()),
+        period=_periods(table),
     )
+
+
+def _periods(table: pa.Table) -> Any:
+    """The snapshot of each row; of ordered decisions the quarter of the test rows it is in; None without an order."""
+    if "snapshot" in table.column_names:
+        return np.datetime_as_string(table["snapshot"].to_numpy().astype("datetime64[D]")).astype(object)
+    for column in (POSITION, DECIDED_AT):
+        if column in table.column_names:
+            values = table[column].to_numpy()
+            edges = np.sort(values)[[len(values) * i // _QUARTERS for i in range(1, _QUARTERS)]]
+            names = np.array([f"quarter {i + 1} of the test rows" for i in range(_QUARTERS)], dtype=object)
+            return names[np.searchsorted(edges, values, side="right")]
+    return None
 
 
 def _score_rows(campaign: Campaign, models: Mapping[str, FittedModel], table: pa.Table) -> dict[str, Floats]:

@@ -7,8 +7,9 @@ from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import DataContractError
 from propensity_dagster.models.base import FittedModel
-from propensity_dagster.models.saved import load_model
-from propensity_dagster.registry.store import ModelStore
+from propensity_dagster.models.saved import load_model, model_identity
+from propensity_dagster.registry.store import MADE_LATER, ModelStore
+from propensity_dagster.scoring.candidates import read_evaluation
 
 
 @dataclass(frozen=True)
@@ -71,3 +72,18 @@ def promote_if_decided(campaign: Campaign, record: dict[str, Any], home: Home, s
     store.refuse(campaign.name, challenger.version, sentence)
     now = champion.version if champion else None
     return PromotionReport(False, sentence, decision["criteria"], challenger.version, now)
+
+
+def keep_reports(campaign: Campaign, home: Home, store: ModelStore) -> str:
+    """Log the newest explanations and report with the version of the newest challenger; return the version.
+
+    Raises:
+        DataContractError: when the challenger has not been registered.
+    """
+    identity = model_identity(home.candidates(campaign.name) / read_evaluation(campaign, home)["challenger"])
+    for version in store.versions(campaign.name):
+        if version.identity == identity:
+            files = [f for f in sorted(home.reports(campaign.name).iterdir()) if f.name.startswith(MADE_LATER)]
+            store.log_reports(campaign.name, version.version, files)
+            return version.version
+    raise DataContractError(f"{campaign.name}: the challenger is not registered: materialize {campaign.name}/champion")
