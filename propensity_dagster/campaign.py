@@ -5,7 +5,7 @@ Belongs here: the two shapes of a campaign, reading the YAML, and its error mess
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -67,6 +67,7 @@ class Campaign(Frozen):
     target: Target | None = None
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
+    monotone: dict[str, Literal["increasing", "decreasing"]] = Field({})
     min_converters: int = 500
     max_bad_fraction: Fraction = 0.05
     seed: int = 0
@@ -107,6 +108,11 @@ class Campaign(Frozen):
         return tuple(name for name, attribute in self.attributes.items() if attribute.protected)
 
     @property
+    def monotone_directions(self) -> dict[str, int]:
+        """+1 or -1 by feature, by the names that models know."""
+        return {name: 1 if direction == "increasing" else -1 for name, direction in self.monotone.items()}
+
+    @property
     def all_segments(self) -> tuple[str, ...]:
         """Stated segments, and the protected attributes."""
         return tuple(dict.fromkeys([*self.segments, *self.protected]))
@@ -142,6 +148,11 @@ class EventCampaign(Campaign):
     def attributes(self) -> dict[str, Attribute]:
         """Attributes of the entities."""
         return self.source.entities.attributes
+
+    @property
+    def monotone_directions(self) -> dict[str, int]:
+        """+1 or -1 by feature; an outward name stands for its feature."""
+        return {self.features.names.get(name, name): sign for name, sign in super().monotone_directions.items()}
 
     @property
     def longest_window(self) -> int:

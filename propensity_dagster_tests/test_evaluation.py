@@ -192,7 +192,7 @@ def test_too_little_history_says_how_much_is_needed():
         plan_splits(CAMPAIGN, date(2025, 8, 1), date(2025, 1, 1))
 
 
-def gate(challenger, champion=None, segments=None, saved=0.0, **metrics):
+def gate(challenger, champion=None, segments=None, saved=0.0, monotone=None):
     n = 101
     rng = np.random.default_rng(0)
 
@@ -213,7 +213,17 @@ def gate(challenger, champion=None, segments=None, saved=0.0, **metrics):
     }
     if champion is not None:
         replicated["champion"] = {k: draws(v) for k, v in {**good, **champion}.items()}
-    return decide("new", "champion" if champion is not None else None, replicated, segments or {}, saved, Gate())
+    return decide(
+        "new", "champion" if champion is not None else None, replicated, segments or {}, saved, Gate(), monotone
+    )
+
+
+@pytest.mark.parametrize(("found", "promoted"), [({"age": 0.0}, True), ({"age": 1e-3}, False), (None, True)])
+def test_the_gate_knows_monotone_constraints(found, promoted):
+    decision = gate({}, monotone=found)
+    assert decision.promoted == promoted
+    assert ("monotone constraints" in [c.name for c in decision.criteria]) == (found is not None)
+    assert promoted or "moves the wrong way: age by 0.001" in decision.sentence
 
 
 def segment(low, high):
@@ -281,7 +291,7 @@ def test_the_evaluation_promotes_a_good_model_and_refuses_a_coin_flip():
         found = evaluate(CAMPAIGN, scores, challenger, 0.0, {}, replicates=60)
         assert found.decision.promoted is promoted
         assert found.record["models"]["good"]["auc"]["low"] < found.record["models"]["good"]["auc"]["value"]
-        assert set(found.tables) == {"gain_curve", "calibration_curve", "deciles", "segments"}
+        assert set(found.tables) == {"gain_curve", "calibration_curve", "deciles", "score_distribution", "segments"}
         half = found.record["segments"][challenger]["half=a"]
         assert half["rows"] == n // 2
         p = 1 / (1 + np.exp(-(z if challenger == "good" else coin)))[1::2]

@@ -15,9 +15,11 @@ from propensity_dagster.errors import ConfigError, DataContractError, SavedModel
 from propensity_dagster.models.calibration import METHODS, choose_calibrator, cross_fit, fit_calibrator, log_loss
 from propensity_dagster.models.dataset import FeatureContract, entity_folds, make_dataset
 from propensity_dagster.models.ensemble import Member
+from propensity_dagster.models.monotone import keeps, violations
 from propensity_dagster.models.preprocess import Scaling
 from propensity_dagster.models.saved import golden_difference, load_model, model_identity, write_model
 from propensity_dagster.models.training import train_candidate
+from propensity_dagster.scoring.candidates import choose_challenger
 
 from .conftest import SMALL
 
@@ -273,3 +275,66 @@ def test_cross_fitting_never_reads_the_row_it_scores():
     after = cross_fit("isotonic", z, flipped, fold)
     assert np.array_equal(before[fold == 2], after[fold == 2])
     assert not np.array_equal(before[fold != 2], after[fold != 2])
+
+
+def monotone(campaign, **directions):
+    return campaign.model_copy(update={"monotone": directions})
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "lightgbm"])
+@pytest.mark.parametrize("direction", ["increasing", "decreasing"])
+def test_a_monotone_constraint_is_kept(campaign, data, name, direction):
+    """Outward names count too; recency rises against what the data say, count falls against it."""
+    train, validate, test = data
+    stated = monotone(campaign, days_since_last_purchase=direction, orders_count_90d=direction)
+    assert stated.monotone_directions.keys() == {"orders_recency_days", "orders_count_90d"}
+    candidate = next(c for c in campaign.models if c.name == name)
+    model, _ = train_candidate(stated, candidate, train, validate, {})
+    assert model.facts["monotone"].keys() == stated.monotone_directions.keys()
+    assert keeps(model)
+    assert max(violations(model, test.X, stated.monotone_directions).values()) <= 1e-9
+    free, _ = train_candidate(campaign, candidate, train, validate, {})
+    assert "monotone" not in free.facts
+    assert violations(free, test.X, {"orders_recency_days": 1})["orders_recency_days"] > 0.01
+
+
+def test_a_violation_is_measured(models, data):
+    """A linear model whose coefficient is known: the score falls by it, whatever the other features are."""
+    from dataclasses import replace
+
+    test = data[2]
+    model = models["logistic_regression"]
+    column = model.contract.names.index("orders_count_90d")
+    position = model.scorer.scaling.columns.index(column)
+    coefficients = np.zeros_like(model.scorer.coefficients)
+    coefficients[position] = -1.0
+    scorer = replace(model.scorer, coefficients=coefficients)
+    falling = replace(model, scorer=scorer, calibrator=replace(model.calibrator, method="none", values=()))
+    assert violations(falling, test.X, {"orders_count_90d": -1}) == {"orders_count_90d": 0.0}
+    assert violations(falling, test.X, {"orders_count_90d": 1})["orders_count_90d"] > 0.05
+
+
+CONSTRAINTS = [
+    ({"no_such": "increasing"}, "monotone: there is no feature 'no_such'; numbers are"),
+    ({"country": "increasing"}, "monotone: 'country' is a category, which has no more or less"),
+]
+
+
+@pytest.mark.parametrize(("stated", "message"), CONSTRAINTS, ids=["unknown", "category"])
+def test_constraints_that_cannot_be(campaign, data, stated, message):
+    candidate = campaign.models[1]
+    with pytest.raises(ConfigError, match=message):
+        train_candidate(monotone(campaign, **stated), candidate, data[0], data[1], {})
+
+
+def test_who_breaks_a_constraint_does_not_challenge(models):
+    from dataclasses import replace
+
+    best = choose_challenger(models)
+    broken = {
+        **models,
+        best: replace(models[best], facts={**models[best].facts, "monotone": {"orders_count_90d": 0.1}}),
+    }
+    assert choose_challenger(broken) != best
+    everyone = {n: replace(m, facts={**m.facts, "monotone": {"orders_count_90d": 0.1}}) for n, m in models.items()}
+    assert choose_challenger(everyone) == best  # and the gate refuses it

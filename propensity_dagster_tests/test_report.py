@@ -113,7 +113,7 @@ FACTS = {"training": {"lightgbm": {}, "baseline": {}}, "snapshots": {}}
 
 def test_thresholds_equal_counting():
     judged = scores()
-    found = evaluate(CAMPAIGN, judged, "lightgbm", 0.0, FACTS, 50).record["thresholds"]
+    found = evaluate(CAMPAIGN, judged, "lightgbm", 0.0, FACTS, replicates=50).record["thresholds"]
     z, y, value = judged.log_odds["lightgbm"], judged.y, CAMPAIGN.value
     p = 1 / (1 + np.exp(-z))
     for row in found:
@@ -128,7 +128,7 @@ def test_thresholds_equal_counting():
 
 
 def test_periods_and_distribution_hold_every_row():
-    evaluation = evaluate(CAMPAIGN, scores(), "lightgbm", 0.0, FACTS, 50)
+    evaluation = evaluate(CAMPAIGN, scores(), "lightgbm", 0.0, FACTS, replicates=50)
     assert sum(p["rows"] for p in evaluation.record["periods"].values()) == 4000
     distribution = evaluation.tables["score_distribution"]
     for side in ("converters", "others"):
@@ -137,7 +137,11 @@ def test_periods_and_distribution_hold_every_row():
 
 def test_the_calibration_band_covers_what_is_true():
     """Forecasts are right here, so about 95% of the bands hold the forecast."""
-    curve = evaluate(CAMPAIGN, scores(20_000), "lightgbm", 0.0, FACTS, 200).tables["calibration_curve"].to_pylist()
+    curve = (
+        evaluate(CAMPAIGN, scores(20_000), "lightgbm", 0.0, FACTS, replicates=200)
+        .tables["calibration_curve"]
+        .to_pylist()
+    )
     inside = [row["low"] <= row["mean_probability"] <= row["high"] for row in curve if row["model"] == "lightgbm"]
     assert len(inside) == 15
     assert sum(inside) >= 12
@@ -148,13 +152,16 @@ CAUTIONS = [
     (lambda r: r["models"]["lightgbm"]["auc"].update(value=0.99), "too good for human behaviour"),
     (lambda r: r.update(outcome_rate=0.3), "the world is changing"),
     (lambda r: r["models"]["baseline"]["log_loss"].update(value=0.0), "Another candidate did better"),
-    (lambda r: r["segments"]["lightgbm"]["country=DE"].update(converted=3), "1 of 2 segments have fewer than 10"),
+    (
+        lambda r: r["segments"]["lightgbm"]["country=DE"].update(converted=3),
+        "Too few to judge, under 10 conversions: country=DE",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "words"), CAUTIONS, ids=[words for _, words in CAUTIONS])
 def test_cautions(change, words):
-    found = evaluate(CAMPAIGN, scores(4000 if words != "Only" else 600), "lightgbm", 0.0, FACTS, 50).record
+    found = evaluate(CAMPAIGN, scores(4000 if words != "Only" else 600), "lightgbm", 0.0, FACTS, replicates=50).record
     changed = copy.deepcopy(found)
     change(changed)
     assert any(words in line for line in cautions(CAMPAIGN, changed, None, {"findings": []}))
@@ -163,14 +170,16 @@ def test_cautions(change, words):
 
 
 def test_a_snapshot_that_went_wrong_is_named():
-    lines = cautions(CAMPAIGN, evaluate(CAMPAIGN, scores(off=2.0), "lightgbm", 0.0, FACTS, 90).record, None, None)
+    lines = cautions(
+        CAMPAIGN, evaluate(CAMPAIGN, scores(off=2.0), "lightgbm", 0.0, FACTS, replicates=90).record, None, None
+    )
     (line,) = [line for line in lines if "Did it stay right?" in line]
     assert "2025-01-02" in line
     assert any("not examined" in line for line in lines)
 
 
 def test_one_feature_has_it_all():
-    record = evaluate(CAMPAIGN, scores(), "lightgbm", 0.0, FACTS, 20).record
+    record = evaluate(CAMPAIGN, scores(), "lightgbm", 0.0, FACTS, replicates=20).record
     explained = {"features": [{"feature": "days_late", "share": {"value": 0.8}}], "jumped": [{"feature": "age"}]}
     lines = cautions(CAMPAIGN, record, explained, {"findings": []})
     assert any("days late alone has 80% of the importance" in line for line in lines)
@@ -184,3 +193,100 @@ def test_a_refusal_says_why(record):
     words = verdict(refused)
     assert words.startswith("No: ")
     assert "+0.1, wanted below 0" in words
+
+
+def odd_tables():
+    rng = np.random.default_rng(0)
+    n = 1500
+    x = rng.normal(size=n).round(2)
+    town = rng.integers(0, 320, n)  # more than the 200 categories that models keep
+    bought = (rng.random(n) < 1 / (1 + np.exp(1 - x - (town % 3)))).astype(int)
+    coin = (rng.random(n) < 0.3).astype(int)
+    few = (np.arange(n) % 2).astype(int)  # says nothing
+    return {
+        "one feature": {"x": x, "bought": bought},
+        "320 categories": {"town": [f"town {t}" for t in town], "bought": bought},
+        "a column without values": {"x": x, "empty": [None] * n, "bought": bought},
+        "nothing to learn": {"few": few, "bought": coin},
+    }
+
+
+@pytest.mark.parametrize("case", odd_tables())
+def test_odd_tables_get_a_page_that_says_so(tmp_path, case):
+    """Trained, judged, explained and reported end to end through Dagster: a page, and no empty plot in it."""
+    import csv
+
+    import dagster as dg
+
+    from propensity_dagster.components.campaign_folder import campaign_definitions
+    from propensity_dagster.components.launch import run_campaign
+    from propensity_dagster.runtime import Runtime
+
+    columns = odd_tables()[case]
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(["" if v is None else v for v in values] for values in columns.values()), strict=True))
+    (tmp_path / "odd.yaml").write_text(
+        "name: odd\nsource: {kind: table, path: data.csv}\noutcome: {column: bought}\nmin_converters: 50\n"
+        "models: [baseline, logistic_regression, lightgbm, {neural_network: {max_epochs: 1}}, ensemble]\n"
+    )
+    campaign, runtime = load_campaign(tmp_path / "odd.yaml"), Runtime(Home(tmp_path / "home").ensure())
+    defs = dg.Definitions.merge(campaign_definitions(campaign), dg.Definitions(resources={"runtime": runtime}))
+    with dg.DagsterInstance.ephemeral() as instance:
+        run_campaign(campaign, runtime, defs, instance)
+    page = (runtime.home.reports("odd") / "report.html").read_text()
+    record = read_evaluation(campaign, runtime.home)
+    assert "no order in time" in page
+    assert "nan" not in page.lower()
+    assert verdict(record) in page
+    promoted = record["decision"]["promoted"]
+    assert f"Explained is the {'champion' if promoted else 'challenger'}" in page
+    assert not (promoted and case == "nothing to learn")
+    if case == "320 categories":
+        assert "P209" in page
+        assert "no number moves the score" not in page
+    if case == "a column without values":
+        assert "P208" in page
+
+
+def test_a_feature_dropped_since_training_is_told(materialized):
+    """The champion needs what the newest training set lacks: told by name, and nothing is published."""
+    import pyarrow.parquet as pq
+
+    from propensity_dagster.explain.summary import explain_model
+    from propensity_dagster.models.saved import load_model
+
+    home = Home(Path(str(materialized.home.root) + "_dropped"))
+    source, target = (h.lake("small").file("training_set") for h in (materialized.home, home))
+    target.parent.mkdir(parents=True)
+    pq.write_table(pq.read_table(source).drop_columns(["visits_count_30d"]), target)
+    model = load_model(materialized.home.candidates("small") / "lightgbm")
+    with pytest.raises(DataContractError, match="the data lack: visits_count_30d; were features changed"):
+        explain_model(materialized.campaign, model, "1", "champion", home)
+    assert not home.reports("small").exists()
+
+
+def test_no_evaluation_yet(tmp_path):
+    with pytest.raises(DataContractError, match="there is no evaluation yet"):
+        publish_report(CAMPAIGN, Home(tmp_path))
+
+
+def test_the_ablation_stays_with_its_candidates(materialized, tmp_path):
+    """Trained without each stream; visits make the synthetic orders, so nothing replaces them."""
+    import shutil
+
+    from propensity_dagster.explain.ablation import publish_ablation, read_ablation
+
+    home = Home(tmp_path / "home")
+    shutil.copytree(materialized.home.root, home.root)
+    assert read_ablation(materialized.campaign, home) is None
+    record = publish_ablation(materialized.campaign, home)
+    assert record["model"] == "lightgbm"
+    assert {row["name"] for row in record["streams"]} == {"orders", "visits", "emails", "customer"}
+    assert record["streams"][0]["name"] == "visits"
+    assert record["streams"][0]["loss_without"]["low"] > 0
+    assert "What each source is worth" in publish_report(materialized.campaign, home).read_text()
+    shutil.rmtree(home.candidates("small") / "lightgbm")
+    shutil.copytree(home.candidates("small") / "logistic_regression", home.candidates("small") / "lightgbm")
+    assert read_ablation(materialized.campaign, home) is None

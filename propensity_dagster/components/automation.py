@@ -13,7 +13,7 @@ import dagster as dg
 
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import asset_job, daily
-from propensity_dagster.components.explaining import EXPLANATIONS
+from propensity_dagster.components.explaining import ABLATION, EXPLANATIONS
 from propensity_dagster.components.reporting import REPORT
 from propensity_dagster.components.scoring import score_tables
 from propensity_dagster.components.serving import ONLINE_FEATURES, RELEASE
@@ -68,8 +68,10 @@ def _event_automation(campaign: EventCampaign) -> dg.Definitions:
     description = "From the source to daily activity."
     ingest = asset_job(campaign, ingest_job_name(campaign), ingested, description, daily(campaign))
     train, score = _train_job(campaign, []), _score_job(campaign)
+    description = "What each event log is worth: as many trainings more. Afterwards the report is written again."
+    ablation = asset_job(campaign, f"{campaign.name}__ablate", [ABLATION, REPORT], description)
     return dg.Definitions(
-        jobs=[ingest, train, score],
+        jobs=[ingest, train, score, ablation],
         schedules=[_nightly_ingestion(campaign, ingest), _monthly(campaign, train)],
         sensors=[_score_after_ingest(campaign, ingest, score), _new_files(campaign, ingest)],
     )

@@ -8,7 +8,7 @@ import dagster as dg
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign, load_campaigns
 from propensity_dagster.components.automation import campaign_automation
 from propensity_dagster.components.decisions import decision_assets
-from propensity_dagster.components.explaining import explanations_asset
+from propensity_dagster.components.explaining import ablation_asset, explanations_asset
 from propensity_dagster.components.ingestion import ingestion_assets
 from propensity_dagster.components.reporting import report_asset
 from propensity_dagster.components.scoring import scoring_assets
@@ -51,6 +51,8 @@ def campaign_definitions(campaign: Campaign) -> dg.Definitions:
         assert isinstance(campaign, TableCampaign)
         assets = decision_assets(campaign)
     assets += [*model_assets(campaign), explanations_asset(campaign), report_asset(campaign)]
+    if isinstance(campaign, EventCampaign):
+        assets.append(ablation_asset(campaign))
     assets += [*scoring_assets(campaign), *serving_assets(campaign)]
     return dg.Definitions.merge(
         dg.Definitions(assets=assets), campaign_automation(campaign), serving_automation(campaign)

@@ -1,12 +1,12 @@
-"""The explanations asset: what the champion goes by."""
+"""The explanations asset, what the champion goes by; and the ablation, what each event log is worth."""
 
 from typing import Any
 
 import dagster as dg
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.components.common import blocking, checked, key, records_table, user_errors, warning
-from propensity_dagster.components.training import EVALUATION
+from propensity_dagster.components.training import EVALUATION, TRAINING_SET, candidate_table
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.reports.plots import inline_image
@@ -14,7 +14,7 @@ from propensity_dagster.runtime import Runtime
 from propensity_dagster.scoring.candidates import read_evaluation
 from propensity_dagster.scoring.promotion import champion_model
 
-EXPLANATIONS = "explanations"
+EXPLANATIONS, ABLATION = "explanations", "ablation"
 _SHOWN = 10
 
 
@@ -59,6 +59,43 @@ def explanations_asset(campaign: Campaign) -> dg.AssetsDefinition:
         )
 
     return explanations
+
+
+def ablation_asset(campaign: EventCampaign) -> dg.AssetsDefinition:
+    """candidates -> ablation."""
+
+    @dg.asset(
+        key=key(campaign, ABLATION),
+        deps=[key(campaign, TRAINING_SET), *(key(campaign, candidate_table(c)) for c in campaign.models)],
+        group_name=EVALUATION,
+        description="What a model would lose without each event log: trained again without it, judged on test rows.",
+        kinds={"json"},
+    )
+    @user_errors
+    def ablation(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
+        from propensity_dagster.explain.ablation import RECORD, publish_ablation
+
+        record = publish_ablation(campaign, runtime.home)
+        return dg.MaterializeResult(
+            metadata={
+                "model": record["model"],
+                "log_loss": record["log_loss"],
+                "streams": records_table([_lost(row) for row in record["streams"]]),
+                "record": dg.MetadataValue.path(runtime.home.reports(campaign.name) / RECORD),
+            }
+        )
+
+    return ablation
+
+
+def _lost(row: dict[str, Any]) -> dict[str, Any]:
+    rise = row["loss_without"]
+    return {
+        "without": row["name"],
+        "features": row["features"],
+        "rise of the log loss": f"{rise['value']:+.5f}" if rise else "nothing would be left",
+        "95% interval": f"{rise['low']:+.5f} to {rise['high']:+.5f}" if rise else "",
+    }
 
 
 def _explained(campaign: Campaign, runtime: Runtime) -> tuple[str, FittedModel, str]:

@@ -2,9 +2,9 @@
 
 import dagster as dg
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.components.common import key, user_errors
-from propensity_dagster.components.explaining import EXPLANATIONS
+from propensity_dagster.components.explaining import ABLATION, EXPLANATIONS
 from propensity_dagster.components.training import EVALUATION
 from propensity_dagster.reports.evaluation_report import publish_report, verdict
 from propensity_dagster.reports.site import report_url
@@ -16,11 +16,12 @@ REPORT = "report"
 
 
 def report_asset(campaign: Campaign) -> dg.AssetsDefinition:
-    """evaluation, explanations -> report."""
+    """evaluation, explanations, ablation -> report."""
+    ablated = [ABLATION] if isinstance(campaign, EventCampaign) else []
 
     @dg.asset(
         key=key(campaign, REPORT),
-        deps=[key(campaign, "evaluation"), key(campaign, EXPLANATIONS)],
+        deps=[key(campaign, table) for table in ("evaluation", EXPLANATIONS, *ablated)],
         group_name=EVALUATION,
         description="The evaluation as one page to read, print or send: it needs nothing but a browser.",
         kinds={"html"},

@@ -71,6 +71,7 @@ def evaluate(
     challenger: str,
     saved_difference: float,
     facts: dict[str, Any],
+    monotone: Mapping[str, float] | None = None,
     replicates: int = REPLICATES,
 ) -> Evaluation:
     """Judge every model on the test rows and decide whether the challenger is to be promoted.
@@ -81,6 +82,7 @@ def evaluate(
         challenger: the candidate chosen on validation data.
         saved_difference: see `gate.decide`.
         facts: what else belongs into the record (snapshots, validation losses, ...).
+        monotone: see `gate.decide`.
         replicates: bootstrap resamples of entities.
     """
     constant = np.full(len(scores.y), np.log(scores.training_rate) - np.log1p(-scores.training_rate))
@@ -91,7 +93,7 @@ def evaluate(
     segments = _segments(campaign, scores, models, challenger, replicates)
     periods = {} if scores.period is None else {"": scores.period}
     champion = CHAMPION if CHAMPION in models else None
-    decision = decide(challenger, champion, replicated, segments[challenger], saved_difference, campaign.gate)
+    decision = decide(challenger, champion, replicated, segments[challenger], saved_difference, campaign.gate, monotone)
     record = {
         **facts,
         "campaign": campaign.name,
@@ -111,6 +113,7 @@ def evaluate(
         "segments": segments,
         "periods": _groups(campaign, scores, models, challenger, replicates, periods)[challenger],
         "decision": decision.to_json(),
+        "monotone": dict(monotone or {}),
         "bootstrap": {"unit": "entity", "replicates": replicates, "seed": campaign.seed, "interval": 0.95},
     }
     return Evaluation(record, _tables(models, replicated, record), decision)

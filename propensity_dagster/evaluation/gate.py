@@ -13,6 +13,7 @@ from propensity_dagster.evaluation.bootstrap import Floats, lower_bound, upper_b
 CONSTANT = "constant"
 _MIN_SEGMENT_ROWS = 100
 _MIN_SEGMENT_CONVERTERS = 10
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def decide(
     segments: Mapping[str, Mapping[str, Any]],
     saved_difference: float,
     limits: Gate,
+    monotone: Mapping[str, float] | None = None,
 ) -> Decision:
     """Judge a challenger against the champion (if there is one), the baseline and the constant.
 
@@ -66,6 +68,7 @@ def decide(
         segments: per segment value: rows, converted, and the challenger's AUC estimate.
         saved_difference: largest difference in log-odds between the model in memory and as saved.
         limits: the campaign's limits.
+        monotone: by constrained feature, how far in log-odds the challenger moves the wrong way; None without any.
     """
     references = [*([champion] if champion else []), "baseline", CONSTANT]
     references = [name for name in references if name != challenger]
@@ -77,6 +80,8 @@ def decide(
     criteria.append(
         Criterion("saved model", saved_difference <= 1e-6, f"differs by {saved_difference:.2g}", "at most 1e-06")
     )
+    if monotone:
+        criteria.append(_is_monotone(monotone))
     return Decision(challenger, tuple(references), all(c.passed for c in criteria), tuple(criteria))
 
 
@@ -125,6 +130,13 @@ def _is_calibrated(challenger: str, replicated: Mapping[str, Mapping[str, Floats
             f"at most {limits.max_calibration_error}",
         ),
     ]
+
+
+def _is_monotone(violations: Mapping[str, float]) -> Criterion:
+    broken = {name: size for name, size in violations.items() if size > _ROUNDING}
+    found = ", ".join(f"{name} by {size:.2g}" for name, size in broken.items())
+    words = f"moves the wrong way: {found}" if broken else f"{len(violations)} kept"
+    return Criterion("monotone constraints", not broken, words, "no score moving the wrong way")
 
 
 def _no_segment_collapses(segments: Mapping[str, Mapping[str, Any]], limits: Gate) -> Criterion:

@@ -57,7 +57,7 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
         attribute_types: "number" or "category" for each attribute of the entities.
 
     Raises:
-        ConfigError: when `features.names` points at a feature that does not exist.
+        ConfigError: when `features.names` or `monotone` points at a feature that does not exist.
     """
     entities = campaign.source.entities.table or campaign.source.entities.stream
     features = [
@@ -80,6 +80,11 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
     for name, stream in campaign.source.streams.items():
         features += _stream_features(campaign, name, stream)
     known = {feature.name for feature in features}
+    for name in campaign.monotone_directions:
+        if name not in known:
+            raise ConfigError(
+                f"{campaign.file}: monotone: there is no feature {name!r}; there are {', '.join(sorted(known))}"
+            )
     for alias, target in campaign.features.names.items():
         if target not in known:
             raise ConfigError(

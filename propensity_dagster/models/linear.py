@@ -1,6 +1,7 @@
 """Logistic regression on scaled numbers and one-hot categories."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -54,10 +55,14 @@ class LinearScorer:
 
 @dataclass(frozen=True)
 class LogisticRegressionEstimator:
-    """L2-penalised logistic regression; `C` is the inverse penalty of scikit-learn."""
+    """L2-penalised logistic regression; `C` is the inverse penalty of scikit-learn.
+
+    A number has one coefficient, so `monotone` features are those whose coefficient has the stated sign.
+    """
 
     C: float = 0.05
     max_iter: int = 50
+    monotone: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
         """Fit by Newton steps: few passes over many rows and some hundred columns."""
@@ -69,9 +74,20 @@ class LogisticRegressionEstimator:
         from sklearn.linear_model import LogisticRegression
 
         scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
-        model = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter, tol=1e-4)
-        model.fit(_design(train.X, scaling, one_hot), train.y)
-        return LinearScorer(scaling, one_hot, np.ravel(model.coef_), float(np.ravel(model.intercept_)[0]))
+        design = _design(train.X, scaling, one_hot)
+        signs = np.zeros(design.shape[1])
+        signs[: len(scaling.columns)] = [self.monotone.get(train.contract.names[i], 0) for i in scaling.columns]
+        used = np.ones(design.shape[1], dtype=bool)
+        while True:
+            model = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter, tol=1e-4)
+            model.fit(design if used.all() else design[:, used], train.y)
+            coefficients = np.zeros(design.shape[1])
+            coefficients[used] = np.ravel(model.coef_)
+            wrong = coefficients * signs < 0
+            if not wrong.any():
+                return LinearScorer(scaling, one_hot, coefficients, float(np.ravel(model.intercept_)[0]))
+            # Where the constraint binds its optimum is at zero: the column goes, and the others are fitted anew.
+            used &= ~wrong
 
 
 def _design(X: Floats, scaling: Scaling, one_hot: OneHot) -> Floats:

@@ -19,6 +19,7 @@ from propensity_dagster.models.calibration import Floats, choose_calibrator
 from propensity_dagster.models.dataset import Dataset, FeatureContract, make_dataset, read_split
 from propensity_dagster.models.ensemble import EnsembleEstimator, Member
 from propensity_dagster.models.linear import LogisticRegressionEstimator
+from propensity_dagster.models.monotone import require_numbers, violations
 from propensity_dagster.models.network import NeuralNetworkEstimator
 from propensity_dagster.models.trees import LightGBMEstimator
 
@@ -34,6 +35,7 @@ ESTIMATORS: Mapping[str, Callable[..., Estimator]] = {
 """One more model is one class and one line. The baseline and the ensemble need more than parameters."""
 
 _SEEDED = ("lightgbm", "neural_network")
+_CONSTRAINED = ("lightgbm", "logistic_regression")
 _LIBRARIES = ("lightgbm", "numpy", "scikit-learn", "torch")
 
 
@@ -60,8 +62,10 @@ def train_candidate(
         which was seen by the model that scored it.
 
     Raises:
-        ConfigError: for parameters the estimator does not have.
+        ConfigError: for parameters the estimator does not have, or a constraint on what is not a number.
     """
+    directions = campaign.monotone_directions
+    require_numbers(campaign, train.contract)
     held = validate or train
     if candidate.name == ENSEMBLE:
         fit = EnsembleEstimator(members).fit(train, held)
@@ -85,7 +89,10 @@ def train_candidate(
         "calibration_losses": losses,
         "versions": {library: version(library) for library in _LIBRARIES},
     }
-    return FittedModel(candidate.name, train.contract, fit.scorer, calibrator, known), fit.validation_log_odds
+    model = FittedModel(candidate.name, train.contract, fit.scorer, calibrator, known)
+    if directions:
+        known["monotone"] = violations(model, held.X, directions)
+    return model, fit.validation_log_odds
 
 
 def cross_validate(estimator: Estimator, train: Dataset, *, refit: bool = True) -> Fit:
@@ -117,6 +124,8 @@ def make_estimator(campaign: Campaign, candidate: Candidate) -> Estimator:
     params = dict(candidate.params)
     if candidate.name in _SEEDED:
         params.setdefault("seed", campaign.seed)
+    if candidate.name in _CONSTRAINED:
+        params.setdefault("monotone", campaign.monotone_directions)
     if "hidden" in params:
         params["hidden"] = tuple(params["hidden"])
     try:
@@ -125,7 +134,7 @@ def make_estimator(campaign: Campaign, candidate: Candidate) -> Estimator:
         return ESTIMATORS[candidate.name](**params)
     except TypeError:
         model = CellBaseline if candidate.name == BASELINE else ESTIMATORS[candidate.name]
-        allowed = [name for name in inspect.signature(model).parameters if name != "rfm"]
+        allowed = [name for name in inspect.signature(model).parameters if name not in ("rfm", "monotone")]
         wrong = [name for name in params if name not in allowed]
         raise ConfigError(
             f"{campaign.file}: models.{candidate.name}: there is no parameter {', '.join(wrong)}; "

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -55,6 +56,7 @@ class LightGBMEstimator:
     max_rounds: int = 1500
     patience: int = 60
     seed: int = 0
+    monotone: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
         """Boost until the validation log loss has not fallen for `patience` rounds."""
@@ -84,7 +86,11 @@ class LightGBMEstimator:
         return TreesScorer(lightgbm.train(params, rows, num_boost_round=rounds))
 
     def _params(self, train: Dataset) -> dict[str, Any]:
+        signs = [self.monotone.get(name, 0) for name in train.contract.names]
+        # "intermediate" forbids less than the default does, and keeps the constraint all the same.
+        constraints = {"monotone_constraints": signs, "monotone_constraints_method": "intermediate"}
         return {
+            **(constraints if any(signs) else {}),
             "objective": "binary",
             "metric": "binary_logloss",
             "learning_rate": self.learning_rate,

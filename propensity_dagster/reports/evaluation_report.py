@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.lake import Home, publish_text
 from propensity_dagster.evaluation.splits import EMBARGO, TEST, TRAIN
+from propensity_dagster.explain.ablation import read_ablation
 from propensity_dagster.features.snapshots import SPLITS
 from propensity_dagster.reports.plots import PLOTS, label, svg_plot
 from propensity_dagster.reports.summary import count_rows
@@ -46,7 +47,10 @@ def publish_report(campaign: Campaign, home: Home) -> Path:
         "cards": _cards(campaign, record),
         "models": _models(record),
         "explained": explained,
+        "ablation": read_ablation(campaign, home),
         "features": explained["features"][:_FEATURES_SHOWN] if explained else [],
+        "described": any(f["meaning"] != _plain(f["feature"]) for f in explained["features"]) if explained else False,
+        "few": _FEW_IN_SEGMENT,
         "segments": list(record["segments"][record["challenger"]].items())[:_SEGMENTS_SHOWN],
         "more_segments": max(len(record["segments"][record["challenger"]]) - _SEGMENTS_SHOWN, 0),
         "rows": count_rows(campaign, home),
@@ -134,10 +138,7 @@ def _too_few(record: Mapping[str, Any]) -> list[str]:
         )
     few = [segment for segment, m in segments.items() if m["converted"] < _FEW_IN_SEGMENT]
     if few:
-        found.append(
-            f"{len(few)} of {len(segments)} segments have fewer than {_FEW_IN_SEGMENT} conversions: their lines say "
-            "little."
-        )
+        found.append(f"Too few to judge, under {_FEW_IN_SEGMENT} conversions: {_first(few)}.")
     return found
 
 
@@ -156,12 +157,13 @@ def _off(record: Mapping[str, Any]) -> list[str]:
         found.append(
             f"More or fewer converted than was forecast, beyond chance, in {_joined(off)}: see “Did it stay right?”."
         )
-    mistaken = [segment for segment, m in segments.items() if _excludes_one(m["observed_over_expected"])]
+    judged = {segment: m for segment, m in segments.items() if m["converted"] >= _FEW_IN_SEGMENT}
+    mistaken = [segment for segment, m in judged.items() if _excludes_one(m["observed_over_expected"])]
     if mistaken:
         found.append(
-            f"Forecasts are too high or too low, beyond what a 95% interval allows, in {_joined(mistaken[:5])}"
-            f"{' and others' if len(mistaken) > 5 else ''}. Of {len(segments)} segments about "
-            f"{max(round(len(segments) * 0.05), 1)} would be by chance alone."
+            f"Forecasts are too high or too low, beyond what a 95% interval allows, in {_first(mistaken)}. "
+            f"Of {len(judged)} segments about "
+            f"{max(round(len(judged) * 0.05), 1)} would be by chance alone."
         )
     return found
 
@@ -327,3 +329,7 @@ def _plain(name: str) -> str:
 
 def _joined(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _first(names: Sequence[str]) -> str:
+    return _joined(names) if len(names) <= 5 else f"{', '.join(names[:5])} and {len(names) - 5} more"

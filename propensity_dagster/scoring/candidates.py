@@ -22,6 +22,7 @@ from propensity_dagster.features.snapshots import SPLITS, TRAINING_SET
 from propensity_dagster.models.base import FittedModel, clipped_logit
 from propensity_dagster.models.dataset import Dataset, Floats, read_split
 from propensity_dagster.models.ensemble import Member
+from propensity_dagster.models.monotone import keeps, violations
 from propensity_dagster.models.prior import prior_shift
 from propensity_dagster.models.saved import golden_difference, load_model, write_model
 from propensity_dagster.models.training import BASELINE, ENSEMBLE, load_datasets, train_candidate
@@ -55,14 +56,15 @@ def folds_of(campaign: Campaign) -> list[int | None]:
 
 
 def _publish_fold(campaign: Campaign, candidate: Candidate, home: Home, fold: int | None) -> tuple[FittedModel, float]:
-    training_set = home.lake(campaign.name).existing(TRAINING_SET)
-    train, validate = _datasets(campaign, training_set, fold)
+    train, validate = training_datasets(campaign, home, fold)
     folder = _fold_folder(campaign, home, fold)
     members: list[Member] = []
     if candidate.name == ENSEMBLE:
         for name in member_names(campaign):
             scores = np.load(_validation_file(folder, name), allow_pickle=False)
             members.append(Member(load_model(folder / name), scores))
+        # A blend is only as monotone as its members; without any that keep the constraints the gate will refuse it.
+        members = [m for m in members if keeps(m.model)] or members
     facts = _facts(campaign, home)
     if campaign.search and candidate.name in campaign.search.models:
         candidate, facts["search"] = _searched(campaign, campaign.search, candidate, (train, validate), home, fold)
@@ -131,13 +133,22 @@ def publish_evaluation(campaign: Campaign, home: Home, champion: tuple[str, Fitt
             for name, m in {**models, **({CHAMPION: champion[1]} if champion else {})}.items()
         },
     }
-    evaluation = evaluate(campaign, scores, challenger, saved_difference, facts)
+    monotone = _monotone(campaign, models[challenger], home)
+    evaluation = evaluate(campaign, scores, challenger, saved_difference, facts, monotone)
     folder = home.reports(campaign.name)
     for name, table in evaluation.tables.items():
         publish_table(table, folder / f"{name}.parquet")
     publish_text(json.dumps(evaluation.record, indent=1, sort_keys=True), folder / "evaluation.json")
     logger.info("evaluation: %s", evaluation.decision.sentence)
     return evaluation
+
+
+def _monotone(campaign: Campaign, model: FittedModel, home: Home) -> dict[str, float]:
+    """Violations of the campaign's monotone constraints on test rows."""
+    if not campaign.monotone:
+        return {}
+    test = read_split(home.lake(campaign.name).existing(TRAINING_SET), TEST, folds_of(campaign)[0])
+    return violations(model, model.contract.encode(test), campaign.monotone_directions)
 
 
 def read_evaluation(campaign: Campaign, home: Home) -> dict[str, Any]:
@@ -153,8 +164,12 @@ def read_evaluation(campaign: Campaign, home: Home) -> dict[str, Any]:
 
 
 def choose_challenger(models: Mapping[str, FittedModel]) -> str:
-    """The candidate with the lowest cross-validated log loss on validation rows. The baseline cannot challenge."""
-    contenders = [name for name in models if name not in (BASELINE, CHAMPION)]
+    """The candidate with the lowest cross-validated log loss on validation rows.
+
+    The baseline cannot challenge, nor, while another can, a model that breaks a monotone constraint.
+    """
+    known = [name for name in models if name not in (BASELINE, CHAMPION)]
+    contenders = [name for name in known if keeps(models[name])] or known
     return min(contenders, key=lambda name: models[name].facts["validation_log_loss"])
 
 
@@ -257,7 +272,9 @@ def member_names(campaign: Campaign) -> list[str]:
     return [c.name for c in campaign.models if c.name not in (BASELINE, ENSEMBLE)]
 
 
-def _datasets(campaign: Campaign, training_set: Path, fold: int | None) -> tuple[Dataset, Dataset | None]:
+def training_datasets(campaign: Campaign, home: Home, fold: int | None = None) -> tuple[Dataset, Dataset | None]:
+    """See `load_datasets`; the newest are held, for the next candidate of the run."""
+    training_set = home.lake(campaign.name).existing(TRAINING_SET)
     stat = training_set.stat()
     version = f"{campaign.model_dump_json()} {stat.st_mtime_ns} {stat.st_size}"
     if _newest.get("version") != (version, fold):
