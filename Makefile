@@ -6,7 +6,7 @@ CAMPAIGN ?= ecommerce_purchase
 PORT ?= 3001
 SERVING_PORT ?= 3000
 
-.PHONY: demo serve test dev benchmark benchmark-real benchmark-serving clean
+.PHONY: demo serve test dev benchmark benchmark-real benchmark-serving notebooks clean
 
 demo: $(STAMP)
 	@$(VENV)/bin/propensity demo $(CAMPAIGN)
@@ -31,6 +31,9 @@ benchmark-real: $(STAMP)
 
 benchmark-serving: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.serving
+
+notebooks: $(STAMP)
+	$(VENV)/bin/python notebooks/render.py $(CAMPAIGN)
 
 clean:
 	rm -rf $(VENV) .propensity .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -4,6 +4,7 @@ Belongs here: the two shapes of a campaign, reading the YAML, and its error mess
 """
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,9 @@ from propensity_dagster.campaign_sections import (
 from propensity_dagster.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "campaigns"
+CAMPAIGNS = "PROPENSITY_CAMPAIGNS"
+"""Environment variable: a folder of campaign files, or one file."""
+
 ROW_NUMBER = "row_number"
 """Key column of a table that has none."""
 
@@ -260,6 +264,23 @@ def load_campaigns(folder: Path) -> list[Campaign]:
             raise ConfigError(f"{file}: name: {campaign.name!r} is already the name of {campaigns[campaign.name].file}")
         campaigns[campaign.name] = campaign
     return list(campaigns.values())
+
+
+def find_campaign(campaign: str) -> Campaign:
+    """A campaign by the path of its file, or by name among those of PROPENSITY_CAMPAIGNS, else the shipped ones.
+
+    Raises:
+        ConfigError: when there is none, or its file is wrong.
+    """
+    path = Path(campaign)
+    if path.suffix in (".yaml", ".yml"):
+        return load_campaign(path)
+    known = {c.name: c for c in load_campaigns(Path(os.environ.get(CAMPAIGNS) or SHIPPED))}
+    if campaign not in known:
+        raise ConfigError(
+            f"there is no campaign {campaign!r}; there are {', '.join(known)}, or give the path of a YAML file"
+        )
+    return known[campaign]
 
 
 def _shape(path: Path, content: dict[Any, Any]) -> "type[Campaign]":

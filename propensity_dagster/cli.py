@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from propensity_dagster.campaign import SHIPPED, Campaign, load_campaign, load_campaigns
+from propensity_dagster.campaign import CAMPAIGNS, SHIPPED, Campaign, find_campaign, load_campaigns
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.reports.site import DEFAULT_PORT, URL, serve_reports
@@ -30,7 +30,7 @@ key_app = typer.Typer(help="API keys of the service. Without any, only this mach
 app.add_typer(key_app, name="key")
 
 DEFAULT_CAMPAIGN = "ecommerce_purchase"
-_CAMPAIGNS, _DEFAULT = "PROPENSITY_CAMPAIGNS", "PROPENSITY_DEFAULT_CAMPAIGN"
+_DEFAULT = "PROPENSITY_DEFAULT_CAMPAIGN"
 
 CampaignArgument = Annotated[
     str, typer.Argument(metavar="CAMPAIGN", help="A campaign's name, or the path of its YAML file.")
@@ -43,7 +43,7 @@ def demo(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
 
     The default campaign makes its own synthetic data. Give a file, such as examples/cdnow.yaml, for yours.
     """
-    chosen = _find(campaign)
+    chosen = find_campaign(campaign)
     _launch(chosen)
     from propensity_dagster.reports.summary import print_summary
 
@@ -63,7 +63,7 @@ def score(
     options = ["--score", *(["--snapshot", _date(snapshot)] if snapshot else [])]
     for place in rows or []:
         options += ["--rows", str(Path(place).resolve()) if Path(place).exists() else place]
-    _launch(_find(campaign), *options)
+    _launch(find_campaign(campaign), *options)
 
 
 @app.command()
@@ -78,7 +78,7 @@ def doctor(
 
     runtime = Runtime.from_environment()
     try:
-        chosen = _find(campaign)
+        chosen = find_campaign(campaign)
     except ConfigError as error:
         if not as_json:
             raise
@@ -122,7 +122,7 @@ def dev(
     reports_port: Annotated[int, typer.Option(help="Port of the reports that the UI links to.")] = DEFAULT_PORT,
 ) -> None:
     """Start Dagster's UI and daemon on the home folder, and the reports beside them; stop with Ctrl-C."""
-    load_campaigns(Path(os.environ.get(_CAMPAIGNS) or SHIPPED))  # a broken file is told here, not in an empty UI
+    load_campaigns(Path(os.environ.get(CAMPAIGNS) or SHIPPED))  # a broken file is told here, not in an empty UI
     environment = _environment(None)
     reports = serve_reports(Home.from_environment().root / "reports", reports_port)
     environment.setdefault(URL, reports)
@@ -148,7 +148,7 @@ def serve(
     from propensity_dagster.serving.publish.serve import preferred_campaign, serving_command
 
     home = Home.from_environment().ensure()
-    default = _find(campaign).name if campaign else preferred_campaign(home, DEFAULT_CAMPAIGN)
+    default = find_campaign(campaign).name if campaign else preferred_campaign(home, DEFAULT_CAMPAIGN)
     command = serving_command(home, default, host, port)
     os.execve(sys.executable, command, {**_environment(None), **({_DEFAULT: default} if default else {})})
 
@@ -165,7 +165,7 @@ def rollout(
 
     if mode not in MODES:
         raise ConfigError(f"--mode must be one of {', '.join(MODES)}, got {mode!r}")
-    report = set_rollout(_find(campaign), Home.from_environment(), _store(), MODES[mode], share, version)
+    report = set_rollout(find_campaign(campaign), Home.from_environment(), _store(), MODES[mode], share, version)
     against = f", challenger version {report.challenger_version}" if report.challenger_version else ""
     of = f" of {share:.1%}" if mode == "split" else ""
     print(f"{campaign}: champion version {report.champion_version}{against}: {report.mode}{of}")
@@ -199,7 +199,7 @@ def key_list() -> None:
 @champion_app.command("show")
 def champion_show(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
     """Show the champion, and every registered version."""
-    chosen = _find(campaign)
+    chosen = find_campaign(campaign)
     store = _store()
     versions = store.versions(chosen.name)
     if not versions:
@@ -217,7 +217,7 @@ def champion_show(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
 @champion_app.command("history")
 def champion_history(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
     """Show every promotion, refusal and rollback, oldest first."""
-    chosen = _find(campaign)
+    chosen = find_campaign(campaign)
     table = Table(title=f"History of {chosen.name}", title_justify="left")
     for column in ("#", "at (UTC)", "what", "version", "before", "why"):
         table.add_column(column)
@@ -234,7 +234,7 @@ def champion_rollback(
     why: Annotated[str, typer.Option(help="Reason, kept in the history.")] = "by hand",
 ) -> None:
     """Make the champion before the present one the champion again."""
-    chosen = _find(campaign)
+    chosen = find_campaign(campaign)
     store = _store()
     event = store.roll_back(chosen.name, to, why)
     from propensity_dagster.serving.publish.releases import publish_release
@@ -250,19 +250,6 @@ def main() -> None:
     except PropensityError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def _find(campaign: str) -> Campaign:
-    """A campaign by the path of its file, or by name in the campaigns folder."""
-    path = Path(campaign)
-    if path.suffix in (".yaml", ".yml"):
-        return load_campaign(path)
-    known = {c.name: c for c in load_campaigns(Path(os.environ.get(_CAMPAIGNS) or SHIPPED))}
-    if campaign not in known:
-        raise ConfigError(
-            f"there is no campaign {campaign!r}; there are {', '.join(known)}, or give the path of a YAML file"
-        )
-    return known[campaign]
 
 
 def _launch(campaign: Campaign, *options: str) -> None:
@@ -289,7 +276,7 @@ def _environment(campaign: Campaign | None) -> dict[str, str]:
     if not settings.exists():
         settings.write_text(files("propensity_dagster").joinpath("dagster.yaml").read_text(encoding="utf-8"))
     quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_DO_NOT_TRACK": "true"}
-    chosen = {_CAMPAIGNS: str(campaign.file)} if campaign and campaign.file.parent != SHIPPED.resolve() else {}
+    chosen = {CAMPAIGNS: str(campaign.file)} if campaign and campaign.file.parent != SHIPPED.resolve() else {}
     return {
         **os.environ,
         "PROPENSITY_HOME": str(home.root),

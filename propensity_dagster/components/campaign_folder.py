@@ -5,7 +5,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign, load_campaigns
+from propensity_dagster.campaign import CAMPAIGNS, Campaign, EventCampaign, TableCampaign, load_campaigns
 from propensity_dagster.components.automation import campaign_automation
 from propensity_dagster.components.decisions import decision_assets
 from propensity_dagster.components.explaining import ablation_asset, explanations_asset
@@ -15,8 +15,6 @@ from propensity_dagster.components.scoring import scoring_assets
 from propensity_dagster.components.serving import serving_assets, serving_automation
 from propensity_dagster.components.training import model_assets, snapshot_assets
 from propensity_dagster.data.lake import require_folder
-
-CAMPAIGNS_VARIABLE = "PROPENSITY_CAMPAIGNS"
 
 
 class CampaignFolder(dg.Component, dg.Model, dg.Resolvable):
@@ -38,9 +36,9 @@ class CampaignFolder(dg.Component, dg.Model, dg.Resolvable):
 
 def campaigns_folder(default: Path) -> Path:
     """The folder of campaign files, or one file: PROPENSITY_CAMPAIGNS, else `default`."""
-    stated = os.environ.get(CAMPAIGNS_VARIABLE)
+    stated = os.environ.get(CAMPAIGNS)
     path = Path(stated) if stated else default.resolve()
-    return path if path.is_file() else require_folder(path, CAMPAIGNS_VARIABLE)
+    return path if path.is_file() else require_folder(path, CAMPAIGNS)
 
 
 def campaign_definitions(campaign: Campaign) -> dg.Definitions:

@@ -136,6 +136,17 @@ def judge_leaks(
             diagnosis.add("P301", f"{where}.{name}", f"its AUC is {auc:.3f} by itself, {_LEAK_AUC} is suspicious", fix)
 
 
+def auc_alone(column: pa.ChunkedArray, kind: str, y: NDArray[np.float64]) -> float:
+    """How well a column ranks by itself, from 0.5 to 1; categories by the rates of held-out rows.
+
+    Args:
+        column: values (n,).
+        kind: "number" or "category".
+        y: outcomes (n,) of 0 and 1, both present.
+    """
+    return _best_auc(column, _codes(column), kind, y)
+
+
 def is_code(column: ColumnProfile, table: pa.Table) -> bool:
     """Whether a column of whole numbers has the looks of codes: few values, from 0 or 1 without large gaps."""
     low, high = _CODE_VALUES

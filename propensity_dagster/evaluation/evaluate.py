@@ -171,9 +171,11 @@ def _threshold(campaign: Campaign, replicated: Mapping[str, Mapping[str, Floats]
 def _thresholds(campaign: Campaign, scores: TestScores, judged: Judged, replicates: int) -> list[dict[str, Any]]:
     """What contacting the challenger's best 1%, 2%, ... of the rows finds and brings; money per 1,000 rows.
 
-    The cut-offs are those of the test rows and stay fixed in every resample.
+    The cut-offs are those of the test rows and stay fixed in every resample; equal scores share one.
     """
-    cuts = [float(np.sort(judged.probability)[::-1][max(round(f * len(scores.y)), 1) - 1]) for f in _TOP_FRACTIONS]
+    best_first = np.sort(judged.probability)[::-1]
+    places = [max(round(fraction * len(best_first)), 1) - 1 for fraction in _TOP_FRACTIONS]
+    cuts = list(dict.fromkeys(best_first[places].tolist()))
     metrics = {_TOP: top_totals(cuts)}
     totals = replicate_metrics({_TOP: judged}, scores.entity, replicates, campaign.seed, metrics)[_TOP][_TOP]
     converters, rows = totals[:, -2], totals[:, -1]

@@ -99,7 +99,7 @@ def cautions(
     if diagnosis is None:
         found.append("The data were not examined by the doctor in this run.")
     elif grave:
-        found.append(f"The doctor has {grave} findings on the data: see “The data”.")
+        found.append(f"The doctor has {grave} finding{'s' if grave > 1 else ''} on the data: see “The data”.")
     if isinstance(campaign, EventCampaign) and is_synthetic(campaign.source.connection):
         found.append("These data are synthetic: they show that the system works, not what your customers will do.")
     return [
@@ -108,6 +108,13 @@ def cautions(
         "is deliberately not contacted can tell.",
         "Every number holds while customers and offers stay as they were in the test rows.",
     ]
+
+
+def read_cautions(campaign: Campaign, home: Home) -> list[str]:
+    """The cautions of the newest evaluation."""
+    folder = home.reports(campaign.name)
+    explained, diagnosis = _read(folder / "explanations.json"), _read(folder / "diagnosis.json")
+    return cautions(campaign, read_evaluation(campaign, home), explained, diagnosis)
 
 
 def _too_good(record: Mapping[str, Any], explained: Mapping[str, Any] | None) -> list[str]:

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,22 @@ def svg_plot(salt: str, draw: Callable[[Any], None], height: float = 3.5) -> str
     )
     # The page's own font: a reader's machine need not have matplotlib's.
     return re.sub(r"font: ([^;]*?)(\d[\d.]*px) '[^;]*?(;|\")", r"font: \1\2 sans-serif\3", svg)
+
+
+def drawn(draws: Sequence[Callable[[Any], None]], width: float = 5.5, height: float = 3.8, columns: int = 2) -> Any:
+    """A matplotlib figure with one picture for each of `draws`, which are called with its axes."""
+    across = min(columns, len(draws))
+    down = -(-len(draws) // across)
+    with _style() as plt:
+        figure, grid = plt.subplots(
+            down, across, figsize=(width * across, height * down), layout="constrained", squeeze=False
+        )
+        for axes, draw in zip(grid.flat, draws, strict=False):
+            draw(axes)
+        for axes in list(grid.flat)[len(draws) :]:
+            axes.set_axis_off()
+        plt.close(figure)
+    return figure
 
 
 @contextmanager
