@@ -1,5 +1,6 @@
 """Runs the notebooks and writes them, with their outputs, to docs/notebooks as Markdown: `make notebooks`."""
 
+import json
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ def run(notebook: Path, campaign: str, folder: Path) -> Any:
     """Execute a notebook on a campaign from the kernel's folder, and return it with its outputs."""
     content = nbformat.read(notebook, as_version=4)
     (parameters,) = [cell for cell in content.cells if "parameters" in cell.metadata.get("tags", [])]
-    parameters.source = f"CAMPAIGN = {campaign!r}"
+    parameters.source = f"CAMPAIGN = {json.dumps(campaign)}"
     NotebookClient(content, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     return content
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -148,22 +149,45 @@ class Materialized:
 @pytest.fixture(scope="session")
 def materialized(tmp_path_factory: pytest.TempPathFactory) -> Materialized:
     """The small campaign, run through Dagster as `propensity demo` does. Read it, do not change it."""
+    root = tmp_path_factory.mktemp("materialized")
+    file = root / "campaigns" / "small.yaml"
+    file.parent.mkdir()
+    file.write_text(SMALL)
+    home = Home(root / "home")
+    return Materialized(run_through_dagster(file, home), home, file)
+
+
+def run_through_dagster(file: Path, home: Home) -> Campaign:
+    """Run a campaign file end to end, as `propensity demo` does, in this process."""
     import dagster as dg
 
     from propensity_dagster.components.campaign_folder import campaign_definitions
     from propensity_dagster.components.launch import run_campaign
     from propensity_dagster.runtime import Runtime
 
-    root = tmp_path_factory.mktemp("materialized")
-    file = root / "campaigns" / "small.yaml"
-    file.parent.mkdir()
-    file.write_text(SMALL)
-    campaign, home = load_campaign(file), Home(root / "home")
-    runtime = Runtime(home.ensure())
+    campaign, runtime = load_campaign(file), Runtime(home.ensure())
     defs = dg.Definitions.merge(campaign_definitions(campaign), dg.Definitions(resources={"runtime": runtime}))
     with dg.DagsterInstance.ephemeral() as instance:
         run_campaign(campaign, runtime, defs, instance)
-    return Materialized(campaign, home, file)
+    return campaign
+
+
+@pytest.fixture(scope="session")
+def decisions(tmp_path_factory) -> Materialized:
+    """A table of past decisions in the order of time, run through Dagster."""
+    root = tmp_path_factory.mktemp("decisions")
+    rng = np.random.default_rng(0)
+    n = 4000
+    x, town = rng.normal(size=n).round(2), rng.choice(["Ulm", "Bern", "Graz"], n)
+    bought = (rng.random(n) < 1 / (1 + np.exp(2.5 - 2 * x - 2 * (town == "Ulm")))).astype(int)
+    lines = [f"{i},{x[i]},{town[i]},{'' if i % 7 == 0 else i % 90},{bought[i]}" for i in range(n)]
+    (root / "data.csv").write_text("\n".join(["id,x,town,age,bought", *lines]))
+    (root / "past.yaml").write_text(
+        "name: past\nsource: {kind: table, path: data.csv, key: id, order: file}\noutcome: {column: bought}\n"
+        "min_converters: 50\nmodels: [baseline, logistic_regression, lightgbm, ensemble]\nsegments: [town]\n"
+    )
+    home = Home(root / "home")
+    return Materialized(run_through_dagster(root / "past.yaml", home), home, root / "past.yaml")
 
 
 @pytest.fixture(scope="session")

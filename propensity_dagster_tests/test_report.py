@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,6 +20,8 @@ from propensity_dagster.reports.evaluation_report import cautions, publish_repor
 from propensity_dagster.reports.site import report_url, serve_reports
 from propensity_dagster.scoring.candidates import read_evaluation
 from propensity_dagster.scoring.promotion import keep_reports
+
+from .conftest import run_through_dagster
 
 CAMPAIGN = load_campaign(SHIPPED / "ecommerce_purchase.yaml")
 
@@ -73,8 +76,6 @@ def test_mlflow_keeps_the_page_with_the_challenger(materialized, page):
 
 
 def test_a_challenger_that_was_never_registered(materialized, tmp_path):
-    import shutil
-
     shutil.copytree(materialized.home.root / "reports", tmp_path / "reports")
     shutil.copytree(materialized.home.candidates("small"), Home(tmp_path).candidates("small"))
     with pytest.raises(DataContractError, match="materialize small/champion"):
@@ -108,7 +109,7 @@ def scores(n=4000, periods=2, off=1.0):
     )
 
 
-FACTS = {"training": {"lightgbm": {}, "baseline": {}}, "snapshots": {}}
+FACTS = {"training": {"lightgbm": {}, "baseline": {}}, "snapshots": {}, "champion_lacks": [], "champion_version": "3"}
 
 
 def test_thresholds_equal_counting():
@@ -148,6 +149,7 @@ def test_the_calibration_band_covers_what_is_true():
 
 
 CAUTIONS = [
+    (lambda r: r.update(champion_lacks=["age", "town"]), "(version 3) was not judged: it needs age and town"),
     (lambda r: None, "Only"),
     (lambda r: r["models"]["lightgbm"]["auc"].update(value=0.99), "too good for human behaviour"),
     (lambda r: r.update(outcome_rate=0.3), "the world is changing"),
@@ -216,12 +218,6 @@ def test_odd_tables_get_a_page_that_says_so(tmp_path, case):
     """Trained, judged, explained and reported end to end through Dagster: a page, and no empty plot in it."""
     import csv
 
-    import dagster as dg
-
-    from propensity_dagster.components.campaign_folder import campaign_definitions
-    from propensity_dagster.components.launch import run_campaign
-    from propensity_dagster.runtime import Runtime
-
     columns = odd_tables()[case]
     with (tmp_path / "data.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -231,12 +227,10 @@ def test_odd_tables_get_a_page_that_says_so(tmp_path, case):
         "name: odd\nsource: {kind: table, path: data.csv}\noutcome: {column: bought}\nmin_converters: 50\n"
         "models: [baseline, logistic_regression, lightgbm, {neural_network: {max_epochs: 1}}, ensemble]\n"
     )
-    campaign, runtime = load_campaign(tmp_path / "odd.yaml"), Runtime(Home(tmp_path / "home").ensure())
-    defs = dg.Definitions.merge(campaign_definitions(campaign), dg.Definitions(resources={"runtime": runtime}))
-    with dg.DagsterInstance.ephemeral() as instance:
-        run_campaign(campaign, runtime, defs, instance)
-    page = (runtime.home.reports("odd") / "report.html").read_text()
-    record = read_evaluation(campaign, runtime.home)
+    home = Home(tmp_path / "home")
+    campaign = run_through_dagster(tmp_path / "odd.yaml", home)
+    page = (home.reports("odd") / "report.html").read_text()
+    record = read_evaluation(campaign, home)
     assert "no order in time" in page
     assert "nan" not in page.lower()
     assert verdict(record) in page
@@ -274,8 +268,6 @@ def test_no_evaluation_yet(tmp_path):
 
 def test_the_ablation_stays_with_its_candidates(materialized, tmp_path):
     """Trained without each stream; visits make the synthetic orders, so nothing replaces them."""
-    import shutil
-
     from propensity_dagster.explain.ablation import publish_ablation, read_ablation
 
     home = Home(tmp_path / "home")
@@ -290,3 +282,22 @@ def test_the_ablation_stays_with_its_candidates(materialized, tmp_path):
     shutil.rmtree(home.candidates("small") / "lightgbm")
     shutil.copytree(home.candidates("small") / "logistic_regression", home.candidates("small") / "lightgbm")
     assert read_ablation(materialized.campaign, home) is None
+
+
+def test_a_champion_that_needs_a_dropped_feature_is_replaced(decisions, tmp_path):
+    """The campaign file excludes a column that the champion reads: it is not judged, and says so; nothing is stuck."""
+    home, file = Home(tmp_path / "home"), tmp_path / "past.yaml"
+    shutil.copytree(decisions.home.root, home.root)
+    shutil.copy(decisions.file.parent / "data.csv", tmp_path / "data.csv")
+    file.write_text(decisions.file.read_text() + "exclude: {age: no longer collected}\n")
+    campaign = run_through_dagster(file, home)
+    record = read_evaluation(campaign, home)
+    assert record["champion_lacks"] == ["age"]
+    assert "champion" not in record["models"]
+    assert record["decision"]["promoted"], record["decision"]["sentence"]
+    champion = MlflowStore(home).champion("past")
+    assert champion is not None
+    assert champion.version == "2"
+    page = (home.reports("past") / "report.html").read_text()
+    assert "The champion in service (version 1) was not judged: it needs age, which the data lack now." in page
+    assert "Explained is the champion" in page

@@ -11,7 +11,7 @@ from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.reports.plots import inline_image
 from propensity_dagster.runtime import Runtime
-from propensity_dagster.scoring.candidates import read_evaluation
+from propensity_dagster.scoring.candidates import lacking_features, read_evaluation
 from propensity_dagster.scoring.promotion import champion_model
 
 EXPLANATIONS, ABLATION = "explanations", "ablation"
@@ -99,9 +99,10 @@ def _lost(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explained(campaign: Campaign, runtime: Runtime) -> tuple[str, FittedModel, str]:
-    """The champion; while the gate has promoted none, the challenger that it refused."""
+    """The champion; where there is none that can score the test rows, the challenger that the gate refused."""
     champion = champion_model(campaign, runtime.store)
-    if champion is not None:
+    # A champion of an older campaign file may need features that there are no more.
+    if champion is not None and not lacking_features(campaign, runtime.home, champion[1]):
         return *champion, "champion"
     name = read_evaluation(campaign, runtime.home)["challenger"]
     model = load_model(runtime.home.candidates(campaign.name) / name)

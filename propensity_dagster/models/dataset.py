@@ -48,13 +48,18 @@ class FeatureContract:
         """Matrix columns that hold category codes."""
         return [i for i, feature in enumerate(self.features) if feature.kind == CATEGORY]
 
+    def lacking(self, columns: Iterable[str]) -> list[str]:
+        """Features that are not among these columns."""
+        present = set(columns)
+        return [name for name in self.names if name not in present]
+
     def encode(self, rows: pa.Table | pa.RecordBatch) -> Floats:
         """Matrix of shape (rows, features), column by column; missing values are NaN.
 
         Raises:
             DataContractError: naming the features that the rows lack.
         """
-        missing = [name for name in self.names if name not in rows.schema.names]
+        missing = self.lacking(rows.schema.names)
         if missing:
             raise DataContractError(
                 f"the model needs {len(missing)} features that the data lack: {', '.join(missing[:5])}"

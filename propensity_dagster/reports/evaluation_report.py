@@ -89,6 +89,11 @@ def cautions(
     if explained and explained["jumped"]:
         jumped = [_plain(row["feature"]) for row in explained["jumped"]]
         found.append(f"The importance of {_joined(jumped)} jumped against the last versions: has its source changed?")
+    if record["champion_lacks"]:
+        found.append(
+            f"The champion in service (version {record['champion_version']}) was not judged: it needs "
+            f"{_first(record['champion_lacks'])}, which the data lack now."
+        )
     name = record["challenger"]
     if record["models"][name]["log_loss"]["value"] > min(m["log_loss"]["value"] for m in _rivals(record)) + 1e-12:
         found.append(

@@ -188,7 +188,8 @@ def plot_correlation(campaign: Campaign, home: Home, names: Sequence[str]) -> An
     """Rank correlation (Spearman 1904) of numbers over training rows that have both."""
     table, _, words = _training_rows(campaign, home)
     numbers = [w for w in _named(campaign, words, names) if w.kind != CATEGORY]
-    found = pd.DataFrame({w.name: table[w.feature].to_pandas() for w in numbers}).corr("spearman").to_numpy()
+    correlation = pd.DataFrame({w.name: table[w.feature].to_pandas() for w in numbers}).corr("spearman").to_numpy()
+    found = np.round(correlation, 1) + 0.0  # no minus before a zero
 
     def draw(axes: Any) -> None:
         axes.imshow(found, vmin=-1, vmax=1, cmap="PuOr")
@@ -198,7 +199,14 @@ def plot_correlation(campaign: Campaign, home: Home, names: Sequence[str]) -> An
         for i, j in np.ndindex(found.shape):
             if np.isfinite(found[i, j]):
                 dark = abs(found[i, j]) > 0.6
-                axes.text(j, i, f"{found[i, j]:.1f}", ha="center", va="center", color="white" if dark else "black")
+                axes.text(
+                    j,
+                    i,
+                    f"{found[i, j]:.1f}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                )
 
     enough = len(numbers) > 1
     return drawn([draw if enough else _says("fewer than two numbers to compare")], width=7, height=5.5)

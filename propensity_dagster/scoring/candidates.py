@@ -119,18 +119,24 @@ def publish_evaluation(campaign: Campaign, home: Home, champion: tuple[str, Fitt
     """
     models = {c.name: load_model(home.candidates(campaign.name) / c.name) for c in campaign.models}
     challenger = choose_challenger(models)
-    scores = score_test_rows(campaign, home, champion[1] if champion else None)
+    lacking = lacking_features(campaign, home, champion[1]) if champion else []
+    if champion and lacking:
+        # It cannot score these customers tonight either: nothing is gained by keeping it.
+        words = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
+        logger.warning("champion version %s is not judged: the data lack %s, which it needs", champion[0], words)
+    scores = score_test_rows(campaign, home, champion[1] if champion and not lacking else None)
     saved_difference = golden_difference(home.candidates(campaign.name) / challenger)
     facts = {
         "snapshots": _snapshots_of_splits(campaign, home),
         "champion_version": champion[0] if champion else None,
+        "champion_lacks": lacking,
         "training": {
             name: {
                 "calibrator": m.calibrator.method,
                 "validation_log_loss": m.facts["validation_log_loss"],
                 "rows": m.facts["rows"],
             }
-            for name, m in {**models, **({CHAMPION: champion[1]} if champion else {})}.items()
+            for name, m in {**models, **({CHAMPION: champion[1]} if champion and not lacking else {})}.items()
         },
     }
     monotone = _monotone(campaign, models[challenger], home)
@@ -141,6 +147,11 @@ def publish_evaluation(campaign: Campaign, home: Home, champion: tuple[str, Fitt
     publish_text(json.dumps(evaluation.record, indent=1, sort_keys=True), folder / "evaluation.json")
     logger.info("evaluation: %s", evaluation.decision.sentence)
     return evaluation
+
+
+def lacking_features(campaign: Campaign, home: Home, model: FittedModel) -> list[str]:
+    """Features that a model needs and the newest training set does not have."""
+    return model.contract.lacking(pq.read_schema(home.lake(campaign.name).existing(TRAINING_SET)).names)
 
 
 def _monotone(campaign: Campaign, model: FittedModel, home: Home) -> dict[str, float]:
