@@ -25,6 +25,7 @@ from propensity_dagster.data.sources import campaign_calendar, changed_files, da
 from propensity_dagster.errors import PropensityError
 from propensity_dagster.features.activity import ACTIVITY
 from propensity_dagster.features.build import ENTITIES
+from propensity_dagster.monitoring.drift import DRIFT
 from propensity_dagster.runtime import Runtime
 
 _RANGE_START = "dagster/asset_partition_range_start"
@@ -103,8 +104,8 @@ def _train_job(campaign: Campaign, before: list[str]) -> Any:
 
 
 def _score_job(campaign: Campaign) -> Any:
-    description = "Features and scores of a snapshot, and what the service answers with."
-    tables = [*score_tables(campaign), ONLINE_FEATURES, RELEASE]
+    description = "Features and scores of a snapshot, what the service answers with, and whether the population drifts."
+    tables = [*score_tables(campaign), ONLINE_FEATURES, RELEASE, DRIFT]
     return asset_job(campaign, score_job_name(campaign), tables, description, daily(campaign))
 
 

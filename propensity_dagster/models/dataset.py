@@ -1,8 +1,8 @@
 """Model matrices. Belongs here: the feature contract, and turning Arrow rows into numbers."""
 
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,23 @@ class FeatureContract:
         present = set(columns)
         return [name for name in self.names if name not in present]
 
-    def encode(self, rows: pa.Table | pa.RecordBatch) -> Floats:
-        """Matrix of shape (rows, features), column by column; missing values are NaN.
-
-        Raises:
-            DataContractError: naming the features that the rows lack.
-        """
-        missing = self.lacking(rows.schema.names)
+    def require(self, columns: Iterable[str]) -> None:
+        """Raise a DataContractError naming the features that are not among these columns."""
+        missing = self.lacking(columns)
         if missing:
             raise DataContractError(
                 f"the model needs {len(missing)} features that the data lack: {', '.join(missing[:5])}"
                 + (" ..." if len(missing) > 5 else "")
                 + "; were features changed since it was trained?"
             )
+
+    def encode(self, rows: pa.Table | pa.RecordBatch) -> Floats:
+        """Matrix of shape (rows, features), column by column; missing values are NaN.
+
+        Raises:
+            DataContractError: naming the features that the rows lack.
+        """
+        self.require(rows.schema.names)
         matrix = np.empty((rows.num_rows, len(self.features)), order="F")
         for i, feature in enumerate(self.features):
             column = rows.column(feature.name)
@@ -105,26 +109,30 @@ class FeatureContract:
         Of more than 200 categories the most frequent are kept; the others count as missing.
         """
         specs: list[FeatureSpec] = []
-        for field in table.schema:
-            if field.name in (key, *protected) or field.name in NOT_FEATURES:
+        for column in table.schema:
+            if column.name in (key, *protected) or column.name in NOT_FEATURES:
                 continue
-            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-                counts = pc.value_counts(table[field.name].combine_chunks().drop_null()).to_pylist()
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                counts = pc.value_counts(table[column.name].combine_chunks().drop_null()).to_pylist()
                 frequent = sorted(counts, key=lambda c: (-c["counts"], c["values"]))[:MAX_CATEGORIES]
-                specs.append(FeatureSpec(field.name, CATEGORY, tuple(sorted(c["values"] for c in frequent))))
+                specs.append(FeatureSpec(column.name, CATEGORY, tuple(sorted(c["values"] for c in frequent))))
             else:
-                specs.append(FeatureSpec(field.name, NUMBER))
+                specs.append(FeatureSpec(column.name, NUMBER))
         return cls(tuple(specs))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of one split: matrix (n, p), outcome (n,) of 0 and 1, and a fold in 0..4 by hash of the entity."""
+    """Rows of one split: matrix (n, p), outcome (n,) of 0 and 1, and a fold in 0..4 by hash of the entity.
+
+    `population` says what the training rows looked like (see models/population.py); empty for other rows.
+    """
 
     X: Floats
     y: Floats
     fold: Ints
     contract: FeatureContract
+    population: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def rows(self, chosen: NDArray[np.bool_]) -> "Dataset":
         """The chosen (n,) rows."""

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from propensity_dagster.models.ensemble import EnsembleEstimator, Member
 from propensity_dagster.models.linear import LogisticRegressionEstimator
 from propensity_dagster.models.monotone import require_numbers, violations
 from propensity_dagster.models.network import NeuralNetworkEstimator
+from propensity_dagster.models.population import describe_population, number_buckets
 from propensity_dagster.models.trees import LightGBMEstimator
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,9 @@ def train_candidate(
         "calibration_losses": losses,
         "versions": {library: version(library) for library in _LIBRARIES},
     }
+    if train.population:
+        scores = number_buckets(calibrator.apply(fit.validation_log_odds))
+        known["population"] = {**train.population, "scores": scores}
     model = FittedModel(candidate.name, train.contract, fit.scorer, calibrator, known)
     if directions:
         known["monotone"] = violations(model, held.X, directions)
@@ -155,6 +160,7 @@ def load_datasets(campaign: Campaign, training_set: Path, fold: int | None) -> t
     order = () if isinstance(campaign, EventCampaign) else (POSITION, DECIDED_AT)
     contract = FeatureContract.fit(table, key, (*campaign.protected, *order))
     train = make_dataset(table, contract, key)
+    train = replace(train, population=describe_population(table, contract, train.X))
     if not isinstance(campaign, EventCampaign):
         return train, None
     del table

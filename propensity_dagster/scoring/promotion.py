@@ -26,9 +26,12 @@ class PromotionReport:
 def champion_model(campaign: Campaign, store: ModelStore) -> tuple[str, FittedModel] | None:
     """Version and model of the champion, if there is one."""
     champion = store.champion(campaign.name)
-    if champion is None:
-        return None
-    return champion.version, load_model(store.folder(campaign.name, champion.version))
+    return (champion.version, version_model(campaign, store, champion.version)) if champion else None
+
+
+def version_model(campaign: Campaign, store: ModelStore, version: str) -> FittedModel:
+    """The model of a registered version."""
+    return load_model(store.folder(campaign.name, version))
 
 
 def require_champion(campaign: Campaign, store: ModelStore) -> tuple[str, FittedModel]:
