@@ -129,11 +129,18 @@ def dev(
     # `python -m` and not the script: a virtual environment need not be activated.
     command = [sys.executable, "-m", "dagster", "dev", "-m", "propensity_dagster.definitions"]
     command += ["-h", "127.0.0.1", "-p", str(port)]
-    # A session of its own: a Ctrl-C reaches Dagster once, from us, and it ends its processes in order.
-    child = subprocess.Popen(command, env=environment, start_new_session=True)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def stop(number: int, _: object) -> None:
+        for process in started:
+            os.killpg(process.pid, number)
+
+    # Before the start: a process inherits that a signal is ignored, as behind a shell's `&`, but no handler.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: os.killpg(child.pid, received))
-    raise typer.Exit(child.wait())
+        signal.signal(number, stop)
+    # A session of its own: a Ctrl-C reaches Dagster once, from us, and it ends its processes in order.
+    started.append(subprocess.Popen(command, env=environment, start_new_session=True))
+    raise typer.Exit(started[0].wait())
 
 
 @app.command()

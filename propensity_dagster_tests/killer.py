@@ -82,8 +82,8 @@ def main(file: Path, home: Path) -> None:
     days, newest = range_tags(date(2024, 1, 1), date(2024, 8, 27)), range_tags(date(2024, 8, 28), date(2024, 8, 28))
     stages = [("small__ingest", a, days) for a in ("raw_customers", "validated_customers", *STREAMS)]
     stages += [("small__train", a, {}) for a in ("diagnosis", "training_set", *CANDIDATES, "evaluation")]
-    stages += [("small__train", "champion", {}), ("small__train", "explanations", {})]
-    stages += [("small__score", a, newest) for a in ("features", "scores")]
+    stages += [("small__train", a, {}) for a in ("champion", "explanations", "report")]
+    stages += [("small__score", a, newest) for a in ("features", "scores", "drift")]
     for job, asset, tags in stages:
         work = step(job, asset, tags)
         if asset != "champion":  # MLflow writes that one
