@@ -5,6 +5,7 @@ Belongs here: the two shapes of a campaign, reading the YAML, and its error mess
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,6 +116,19 @@ class Campaign(Frozen):
     def monotone_directions(self) -> dict[str, int]:
         """+1 or -1 by feature, by the names that models know."""
         return {name: 1 if direction == "increasing" else -1 for name, direction in self.monotone.items()}
+
+    def check_monotone(self, kinds: Mapping[str, str]) -> None:
+        """Raise a ConfigError unless every feature with a monotone constraint is a number that models read.
+
+        Args:
+            kinds: "number" or "category" of each feature that models read.
+        """
+        for name in self.monotone_directions:
+            if name not in kinds:
+                numbers = ", ".join(sorted(n for n, kind in kinds.items() if kind == "number"))
+                raise ConfigError(f"{self.file}: monotone: there is no feature {name!r}; numbers are {numbers}")
+            if kinds[name] != "number":
+                raise ConfigError(f"{self.file}: monotone: {name!r} is a category, which has no more or less")
 
     @property
     def all_segments(self) -> tuple[str, ...]:

@@ -80,11 +80,8 @@ def define_features(campaign: EventCampaign, attribute_types: dict[str, str]) ->
     for name, stream in campaign.source.streams.items():
         features += _stream_features(campaign, name, stream)
     known = {feature.name for feature in features}
-    for name in campaign.monotone_directions:
-        if name not in known:
-            raise ConfigError(
-                f"{campaign.file}: monotone: there is no feature {name!r}; there are {', '.join(sorted(known))}"
-            )
+    read = [feature for feature in features if feature.name not in campaign.protected]
+    campaign.check_monotone({feature.name: feature.kind for feature in read})
     for alias, target in campaign.features.names.items():
         if target not in known:
             raise ConfigError(

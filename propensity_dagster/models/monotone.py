@@ -8,27 +8,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from propensity_dagster.campaign import Campaign
-from propensity_dagster.errors import ConfigError
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.calibration import Floats
-from propensity_dagster.models.dataset import CATEGORY, FeatureContract
 
 KEPT = 1e-9
 """Log-odds that a model may move the wrong way by: rounding."""
 
 _ROWS, _GRID = 500, 20
-
-
-def require_numbers(campaign: Campaign, contract: FeatureContract) -> None:
-    """Raise a ConfigError unless every constrained feature is a number that the models read."""
-    kinds = {feature.name: feature.kind for feature in contract.features}
-    for name in campaign.monotone_directions:
-        if name not in kinds:
-            numbers = ", ".join(sorted(n for n, kind in kinds.items() if kind != CATEGORY))
-            raise ConfigError(f"{campaign.file}: monotone: there is no feature {name!r}; numbers are {numbers}")
-        if kinds[name] == CATEGORY:
-            raise ConfigError(f"{campaign.file}: monotone: {name!r} is a category, which has no more or less")
 
 
 def violations(model: FittedModel, X: Floats, directions: Mapping[str, int]) -> dict[str, float]:

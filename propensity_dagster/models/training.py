@@ -20,7 +20,7 @@ from propensity_dagster.models.calibration import Floats, choose_calibrator
 from propensity_dagster.models.dataset import Dataset, FeatureContract, make_dataset, read_split
 from propensity_dagster.models.ensemble import EnsembleEstimator, Member
 from propensity_dagster.models.linear import LogisticRegressionEstimator
-from propensity_dagster.models.monotone import require_numbers, violations
+from propensity_dagster.models.monotone import violations
 from propensity_dagster.models.network import NeuralNetworkEstimator
 from propensity_dagster.models.population import describe_population, number_buckets
 from propensity_dagster.models.trees import LightGBMEstimator
@@ -67,7 +67,7 @@ def train_candidate(
         ConfigError: for parameters the estimator does not have, or a constraint on what is not a number.
     """
     directions = campaign.monotone_directions
-    require_numbers(campaign, train.contract)
+    campaign.check_monotone({feature.name: feature.kind for feature in train.contract.features})
     held = validate or train
     if candidate.name == ENSEMBLE:
         fit = EnsembleEstimator(members).fit(train, held)
