@@ -26,6 +26,7 @@ from propensity_dagster.campaign_sections import (
     Gate,
     Holdout,
     Identifier,
+    Monitoring,
     Outcome,
     Prior,
     Schedule,
@@ -72,6 +73,7 @@ class Campaign(Frozen):
     target: Target | None = None
     schedule: Schedule = Schedule()
     gate: Gate = Gate()
+    monitoring: Monitoring = Monitoring()
     monotone: dict[str, Literal["increasing", "decreasing"]] = Field({})
     min_converters: int = 500
     max_bad_fraction: Fraction = 0.05
@@ -153,6 +155,8 @@ class EventCampaign(Campaign):
             require_known("eligibility.streams", name, streams)
         for name in self.segments:
             require_known("segments", name, self.attributes)
+        for name in self.monitoring.min_rows:
+            require_known("monitoring.min_rows", name, streams)
         if self.outcome.minimum_amount is not None and streams[self.outcome.stream].amount is None:
             raise ValueError(f"outcome.minimum_amount needs an 'amount' in streams.{self.outcome.stream}")
         return self

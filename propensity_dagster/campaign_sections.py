@@ -380,6 +380,28 @@ class Schedule(Frozen):
     watch: str | None = None
 
 
+class Monitoring(Frozen):
+    """What is worth an alert, and what the system may do about it by itself. See monitoring/.
+
+    Attributes:
+        min_rows: by event log, rows a day below which there is an alert, whatever its history says.
+        max_gap: how far conversions may be from what was promised: 0.25 is a quarter more, or as many times less.
+        max_auc_loss: how far the AUC may be below what was promised.
+        persist: mature snapshots in a row with the same problem that make it concept drift.
+        react: whether models are recalibrated and trained again without being asked; the gate decides all the same.
+        react_every_days: an automatic act is the only one for so many days.
+        retrain_after_days: age of the champion's newest training snapshot at which it is trained again; null: never.
+    """
+
+    min_rows: dict[Identifier, NonNegative] = {}
+    max_gap: Annotated[float, Field(gt=0)] = 0.25
+    max_auc_loss: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    persist: Positive = 3
+    react: bool = True
+    react_every_days: Positive = 7
+    retrain_after_days: Positive | None = None
+
+
 class Gate(Frozen):
     """What a challenger must satisfy on out-of-time test snapshots. See evaluation/gate.py."""
 

@@ -13,9 +13,21 @@ from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import DataContractError
 from propensity_dagster.models.saved import load_model
-from propensity_dagster.monitoring.drift import DRIFT, SCORE, publish_drift, scored_by
+from propensity_dagster.monitoring.drift import (
+    DISTRIBUTION,
+    DOMAIN,
+    DRIFT,
+    MISSING,
+    OUT_OF_RANGE,
+    SCORE,
+    TOGETHER,
+    UNSEEN,
+    publish_drift,
+    read_drift,
+)
 from propensity_dagster.monitoring.stability import judge_stability, stability_index
 from propensity_dagster.registry.mlflow_store import MlflowStore
+from propensity_dagster.scoring.batch import delivered_scores
 from propensity_dagster.scoring.promotion import version_model
 
 TENTHS = np.full(11, 1 / 11)
@@ -90,7 +102,7 @@ class Drifting:
         shutil.copytree(given.home.lake("small").root, Home(root).lake("small").root)
         self.campaign, self.home, self.snapshot = given.campaign, Home(root), snapshot
         store = MlflowStore(given.home)
-        self.version = scored_by(self.campaign, snapshot, self.home)
+        self.version = list(delivered_scores(self.campaign, snapshot, self.home))[-1]
         self.model = version_model(self.campaign, store, self.version)
         self.features = self.home.lake("small").partition("features", "snapshot", snapshot)
 
@@ -102,8 +114,10 @@ class Drifting:
         day = snapshot or self.snapshot
         with open_engine() as engine:
             report = publish_drift(self.campaign, day, self.model, self.version, self.home, engine)
-        rows = pq.read_table(self.home.lake("small").partition(DRIFT, "snapshot", day)).to_pylist()
-        return report, {row["column"]: row for row in rows if row["against"] == "training"}, rows
+        rows = read_drift(self.campaign, day, self.home)
+        against = [row for row in rows if row["against"] == "training" and row["measure"] != DOMAIN]
+        self.shares = {(r["column"], r["measure"]): r for r in against if r["measure"] != DISTRIBUTION}
+        return report, {row["column"]: row for row in against if row["measure"] == DISTRIBUTION}, rows
 
 
 @pytest.fixture
@@ -122,10 +136,13 @@ def test_counts_of_the_engine_are_those_by_hand(drifting):
         there = values[~np.isnan(values)]
         buckets = np.bincount(np.searchsorted(known["edges"], there), minlength=len(known["edges"]) + 1)
         counts = np.append(buckets, len(values) - len(there))
-        assert found[name]["index"] == pytest.approx(stability_index(np.array(known["counts"]), counts))
-        assert found[name]["missing"] == pytest.approx(np.isnan(values).mean())
+        assert found[name]["value"] == pytest.approx(stability_index(np.array(known["counts"]), counts))
+        shares = {MISSING: np.isnan(values).mean()}
         outside = (there < known["lowest"]) | (there > known["highest"])
-        assert found[name]["out_of_range"] == pytest.approx(outside.sum() / len(values))
+        shares[OUT_OF_RANGE] = outside.sum() / len(values)
+        for measure, share in shares.items():
+            row = drifting.shares.get((name, measure), {"value": 0.0})
+            assert row["value"] == pytest.approx(share)
     for feature in population["features"].values():
         assert sum(feature["counts"]) == population["rows"]
 
@@ -146,17 +163,19 @@ def test_trouble_is_named_and_nothing_else_is(drifting, trouble):
     drifting.replace(name, change)
     report, after, _ = drifting.run()
     assert after[name]["severity"] == "alert"
-    assert bucket in after[name]["largest_bucket"]
+    assert bucket in after[name]["detail"]
     assert report.severity == "alert"
     assert any(words.startswith(f"{name} against training") for words in report.drifted)
-    changed = {n for n in after if after[n]["index"] != pytest.approx(before[n]["index"])}
+    changed = {n for n in after if after[n]["value"] != pytest.approx(before[n]["value"])}
     assert changed == {name}
 
 
 def test_a_hundred_thousand_categories(drifting):
     drifting.replace("country", lambda c: pa.array([f"place {i}" for i in range(len(c))], pa.string()))
     _, found, _ = drifting.run()
-    assert found["country"]["unseen"] == 1.0
+    assert found["country"]["severity"] == "alert"
+    row = drifting.shares["country", UNSEEN]
+    assert (row["value"], row["usual"], row["severity"]) == (1.0, 0.0, "alert")
 
 
 def test_the_snapshot_before_counts_only_if_the_same_model_scored_it(drifting):
@@ -168,7 +187,7 @@ def test_the_snapshot_before_counts_only_if_the_same_model_scored_it(drifting):
         shutil.copy(source, target)
     report, _, rows = drifting.run()
     assert report.compared_with == ("training", str(day))
-    assert all(row["index"] == 0 for row in rows if row["against"] == "previous")
+    assert all(row["value"] == 0 for row in rows if row["against"] == "previous" and row["measure"] == DISTRIBUTION)
     scores = pq.read_table(lake.partition("scores", "snapshot", day))
     other = scores.set_column(
         scores.column_names.index("model_version"), "model_version", pa.array(["9"] * len(scores))
@@ -191,8 +210,8 @@ def test_what_cannot_be_compared_says_so(drifting, materialized):
         drifting.run(date(2020, 1, 1))
     scores = lake.partition("scores", "snapshot", drifting.snapshot)
     pq.write_table(pq.read_table(scores).slice(0, 0), scores)
-    with pytest.raises(DataContractError, match="has no scores: nothing can be said of drift"):
-        scored_by(drifting.campaign, drifting.snapshot, drifting.home)
+    with pytest.raises(DataContractError, match="has no scores: nobody was eligible"):
+        delivered_scores(drifting.campaign, drifting.snapshot, drifting.home)
     pq.write_table(pq.read_table(drifting.features).slice(0, 0), drifting.features)
     with pytest.raises(DataContractError, match="has no rows: nothing can be said of drift"):
         drifting.run()
@@ -206,6 +225,55 @@ def test_what_cannot_be_compared_says_so(drifting, materialized):
 def test_the_nightly_run_publishes_drift(materialized, newest_snapshot):
     table = pq.read_table(materialized.home.lake("small").partition(DRIFT, "snapshot", newest_snapshot))
     assert set(table["against"].to_pylist()) == {"training"}
-    assert len(set(table["column"].to_pylist())) == table.num_rows
-    (score,) = [row for row in table.to_pylist() if row["column"] == SCORE]
-    assert score["index"] < 0.1
+    keys = set(zip(table["column"].to_pylist(), table["measure"].to_pylist(), strict=True))
+    assert len(keys) == table.num_rows
+    (score,) = [r for r in table.to_pylist() if r["column"] == SCORE and r["measure"] == DISTRIBUTION]
+    assert score["value"] < 0.1
+    (together,) = [row for row in table.to_pylist() if row["column"] == TOGETHER]
+    assert 0.5 < together["value"] < 1
+    assert "%" in together["detail"]
+
+
+def test_a_move_of_two_columns_together_is_seen_by_the_classifier(drifting, materialized, newest_snapshot):
+    """Each column alone stays as it is: only what goes with what has changed."""
+    shutil.copytree(
+        materialized.home.lake("small").root / "reference", drifting.home.lake("small").root / "reference",
+        dirs_exist_ok=True,
+    )  # fmt: skip
+    before = next(row for row in drifting.run()[2] if row["measure"] == DOMAIN)
+    rng = np.random.default_rng(0)
+    for name in ("visits_seconds_sum_90d", "visits_pages_sum_90d", "visits_count_90d"):
+        drifting.replace(name, lambda c: c.take(pa.array(rng.permutation(len(c)))))
+    report, found, rows = drifting.run()
+    after = next(row for row in rows if row["measure"] == DOMAIN)
+    assert all(found[n]["severity"] == "none" for n in ("visits_seconds_sum_90d", "visits_pages_sum_90d"))
+    assert after["severity"] == "alert"
+    assert after["value"] > before["value"] + 0.1
+    assert "90d" in after["detail"]
+    assert report.domain_auc == after["value"]
+
+
+def test_a_version_without_reference_says_so(drifting):
+    shutil.rmtree(drifting.home.lake("small").root / "reference")
+    together = next(row for row in drifting.run()[2] if row["measure"] == DOMAIN)
+    assert together["value"] is None
+    assert "registered before its training rows were kept" in together["detail"]
+
+
+def test_two_runs_at_once_leave_one_whole_table(drifting):
+    from concurrent.futures import ThreadPoolExecutor
+
+    drifting.run()
+    file = drifting.home.lake("small").partition(DRIFT, "snapshot", drifting.snapshot)
+    alone = file.read_bytes()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: drifting.run(), range(2)))
+    assert file.read_bytes() == alone
+
+
+def test_a_hundred_rows_are_compared_and_none_is_no_zero(drifting):
+    pq.write_table(pq.read_table(drifting.features).slice(0, 99), drifting.features)
+    report, _, rows = drifting.run()
+    assert report.rows == 99
+    together = next(row for row in rows if row["measure"] == DOMAIN)
+    assert (together["value"], together["detail"]) == (None, "not compared: fewer than 100 customers on one side")

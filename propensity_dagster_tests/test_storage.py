@@ -208,7 +208,9 @@ def test_promotion_history_and_rollback(materialized, tmp_path):
 
     def stage(challenger: str, promoted: bool):
         decision = {**record["decision"], "promoted": promoted, "sentence": f"{challenger} {promoted}"}
-        return promote_if_decided(campaign, {**record, "challenger": challenger, "decision": decision}, home, store)
+        judged = {**record, "challenger": challenger, "decision": decision}
+        folder = home.candidates("small") / challenger
+        return promote_if_decided(campaign, judged, folder, home.reports("small"), store)
 
     assert stage("lightgbm", True).champion_version == "1"
     assert stage("neural_network", False).champion_version == "1"

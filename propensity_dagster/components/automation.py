@@ -14,6 +14,7 @@ import dagster as dg
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import asset_job, daily
 from propensity_dagster.components.explaining import ABLATION, EXPLANATIONS
+from propensity_dagster.components.monitoring import monitored_tables
 from propensity_dagster.components.reporting import REPORT
 from propensity_dagster.components.scoring import score_tables
 from propensity_dagster.components.serving import ONLINE_FEATURES, RELEASE
@@ -25,12 +26,14 @@ from propensity_dagster.data.sources import campaign_calendar, changed_files, da
 from propensity_dagster.errors import PropensityError
 from propensity_dagster.features.activity import ACTIVITY
 from propensity_dagster.features.build import ENTITIES
-from propensity_dagster.monitoring.drift import DRIFT
+from propensity_dagster.monitoring.reaction import RECALIBRATE, Memory, due_act
+from propensity_dagster.monitoring.recalibration import RECALIBRATED
 from propensity_dagster.runtime import Runtime
 
 _RANGE_START = "dagster/asset_partition_range_start"
 _RANGE_END = "dagster/asset_partition_range_end"
 _WATCH_SECONDS = 60
+_REACT_SECONDS = 600
 
 
 def ingest_job_name(campaign: Campaign) -> str:
@@ -46,6 +49,11 @@ def train_job_name(campaign: Campaign) -> str:
 def score_job_name(campaign: Campaign) -> str:
     """Name of the job from activity to scores."""
     return f"{campaign.name}__score"
+
+
+def monitor_job_name(campaign: Campaign) -> str:
+    """Name of the job that looks at the scores of a snapshot, and at what became of earlier ones."""
+    return f"{campaign.name}__monitor"
 
 
 def range_tags(first: date, last: date) -> dict[str, str]:
@@ -74,7 +82,11 @@ def _event_automation(campaign: EventCampaign) -> dg.Definitions:
     return dg.Definitions(
         jobs=[ingest, train, score, ablation],
         schedules=[_nightly_ingestion(campaign, ingest), _monthly(campaign, train)],
-        sensors=[_score_after_ingest(campaign, ingest, score), _new_files(campaign, ingest)],
+        sensors=[
+            _score_after_ingest(campaign, ingest, score),
+            _new_files(campaign, ingest),
+            *_monitoring_sensors(campaign, score, train),
+        ],
     )
 
 
@@ -84,8 +96,16 @@ def _table_automation(campaign: TableCampaign) -> dg.Definitions:
     return dg.Definitions(
         jobs=[train, score],
         schedules=[_nightly_scores(campaign, score), _monthly(campaign, train)],
-        sensors=[_dropped_files(campaign, score)],
+        sensors=[_dropped_files(campaign, score), *_monitoring_sensors(campaign, score, train)],
     )
+
+
+def _monitoring_sensors(campaign: Campaign, score: Any, train: Any) -> list[dg.SensorDefinition]:
+    description = "Is the model still right? Drift, data quality, outcomes that are due, alerts, and the page."
+    monitor = asset_job(campaign, monitor_job_name(campaign), monitored_tables(), description, daily(campaign))
+    description = "The champion with a calibrator of the newest outcomes, as a new version; the gate decides."
+    recalibrate = asset_job(campaign, f"{campaign.name}__recalibrate", [RECALIBRATED], description)
+    return [_monitor_after_score(campaign, score, monitor), _react(campaign, train, recalibrate)]
 
 
 def _train_job(campaign: Campaign, before: list[str]) -> Any:
@@ -104,8 +124,8 @@ def _train_job(campaign: Campaign, before: list[str]) -> Any:
 
 
 def _score_job(campaign: Campaign) -> Any:
-    description = "Features and scores of a snapshot, what the service answers with, and whether the population drifts."
-    tables = [*score_tables(campaign), ONLINE_FEATURES, RELEASE, DRIFT]
+    description = "Features and scores of a snapshot, and what the service answers with."
+    tables = [*score_tables(campaign), ONLINE_FEATURES, RELEASE]
     return asset_job(campaign, score_job_name(campaign), tables, description, daily(campaign))
 
 
@@ -173,6 +193,50 @@ def _score_after_ingest(campaign: Campaign, ingest: Any, score: Any) -> dg.Senso
         return dg.RunRequest(run_key=context.dagster_run.run_id, partition_key=str(snapshot))
 
     return score_after_ingest
+
+
+def _monitor_after_score(campaign: Campaign, score: Any, monitor: Any) -> dg.SensorDefinition:
+    @dg.run_status_sensor(
+        name=f"{campaign.name}__monitor_after_score",
+        run_status=dg.DagsterRunStatus.SUCCESS,
+        monitored_jobs=[score],
+        request_job=monitor,
+        description="Looks at the scores that were just given.",
+    )
+    def monitor_after_score(context: dg.RunStatusSensorContext) -> dg.RunRequest | dg.SkipReason:
+        tags = context.dagster_run.tags
+        snapshot = tags.get("dagster/partition")
+        if snapshot is None and tags.get(_RANGE_END) is None:
+            return dg.SkipReason("the run had no partition")
+        same = {"partition_key": snapshot} if snapshot else {"tags": {k: tags[k] for k in (_RANGE_START, _RANGE_END)}}
+        return dg.RunRequest(run_key=context.dagster_run.run_id, **same)
+
+    return monitor_after_score
+
+
+def _react(campaign: Campaign, train: Any, recalibrate: Any) -> dg.SensorDefinition:
+    @dg.sensor(
+        name=f"{campaign.name}__react",
+        jobs=[train, recalibrate],
+        minimum_interval_seconds=_REACT_SECONDS,
+        description="Recalibrates or trains again on concept drift, lost calibration or age; the gate decides.",
+    )
+    def react(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        runtime = Runtime.from_environment()
+        today = datetime.now(UTC).date()
+        try:
+            found = due_act(campaign, runtime.home, runtime.store, today, Memory.from_text(context.cursor))
+        except PropensityError as error:
+            return dg.SkipReason(str(error))
+        if isinstance(found, str):
+            return dg.SkipReason(found)
+        act, version = found
+        context.update_cursor(Memory(today, act.kind, act.evidence, version).to_text())
+        job = recalibrate if act.kind == RECALIBRATE else train
+        tags = {"propensity/act": act.kind, "propensity/why": act.why}
+        return dg.RunRequest(run_key=f"{act.evidence} {today}", job_name=job.name, tags=tags)
+
+    return react
 
 
 def _dropped_files(campaign: TableCampaign, job: Any) -> dg.SensorDefinition:

@@ -10,7 +10,7 @@ from propensity_dagster.components.automation import campaign_automation
 from propensity_dagster.components.decisions import decision_assets
 from propensity_dagster.components.explaining import ablation_asset, explanations_asset
 from propensity_dagster.components.ingestion import ingestion_assets
-from propensity_dagster.components.monitoring import drift_asset
+from propensity_dagster.components.monitoring import monitoring_assets
 from propensity_dagster.components.reporting import report_asset
 from propensity_dagster.components.scoring import scoring_assets
 from propensity_dagster.components.serving import serving_assets, serving_automation
@@ -49,10 +49,10 @@ def campaign_definitions(campaign: Campaign) -> dg.Definitions:
     else:
         assert isinstance(campaign, TableCampaign)
         assets = decision_assets(campaign)
-    assets += [*model_assets(campaign), explanations_asset(campaign), report_asset(campaign), drift_asset(campaign)]
+    assets += [*model_assets(campaign), explanations_asset(campaign), report_asset(campaign)]
     if isinstance(campaign, EventCampaign):
         assets.append(ablation_asset(campaign))
-    assets += [*scoring_assets(campaign), *serving_assets(campaign)]
+    assets += [*scoring_assets(campaign), *serving_assets(campaign), *monitoring_assets(campaign)]
     return dg.Definitions.merge(
         dg.Definitions(assets=assets), campaign_automation(campaign), serving_automation(campaign)
     )

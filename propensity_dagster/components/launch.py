@@ -20,6 +20,7 @@ import dagster as dg
 from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign, load_campaigns
 from propensity_dagster.components.automation import (
     ingest_job_name,
+    monitor_job_name,
     range_tags,
     score_job_name,
     train_job_name,
@@ -53,6 +54,7 @@ def run_campaign(campaign: Campaign, runtime: Runtime, defs: dg.Definitions, ins
     elif isinstance(campaign, EventCampaign):
         snapshot = runtime.home.lake(campaign.name).partitions(ACTIVITY, "day")[-1] + timedelta(days=1)
         _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot))
+        _run(defs, instance, monitor_job_name(campaign), partition_key=str(snapshot))
 
 
 def score_campaign(
@@ -82,6 +84,10 @@ def score_campaign(
     if rows:
         config = {"ops": {f"{campaign.name}__features": {"config": {"rows": list(rows)}}}}
     _run(defs, instance, score_job_name(campaign), partition_key=str(snapshot), config=config)
+    try:
+        _run(defs, instance, monitor_job_name(campaign), partition_key=str(snapshot))
+    except PropensityError as error:
+        logger.warning("the scores are there; monitoring them failed: %s", error)
     return snapshot
 
 

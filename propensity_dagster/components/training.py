@@ -38,6 +38,7 @@ from propensity_dagster.features.snapshots import (
     publish_training_set,
 )
 from propensity_dagster.models.training import BASELINE, ENSEMBLE
+from propensity_dagster.monitoring.domain import keep_reference
 from propensity_dagster.reports.model_card import publish_model_card
 from propensity_dagster.reports.plots import inline_image, publish_plots
 from propensity_dagster.runtime import Runtime
@@ -305,7 +306,10 @@ def _champion(campaign: Campaign) -> dg.AssetsDefinition:
     )
     @user_errors
     def champion(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
-        decision = promote_if_decided(campaign, read_evaluation(campaign, runtime.home), runtime.home, runtime.store)
+        record, reports = read_evaluation(campaign, runtime.home), runtime.home.reports(campaign.name)
+        folder = runtime.home.candidates(campaign.name) / record["challenger"]
+        decision = promote_if_decided(campaign, record, folder, reports, runtime.store)
+        keep_reference(campaign, runtime.home, decision.challenger_version)
         release = publish_release(campaign, runtime.home, runtime.store)
         return dg.MaterializeResult(
             metadata={

@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from propensity_dagster.components.failures import record_failures
+from propensity_dagster.components.failures import deliver, record_failures
 from propensity_dagster.data.lake import Home
 from propensity_dagster.runtime import DEFAULT_MEMORY_GB, Runtime
 
@@ -27,5 +27,5 @@ class RuntimeResource(dg.ConfigurableResource[Runtime]):
 
 @dg.definitions
 def deployment() -> dg.Definitions:
-    """The runtime resource and the failure sensor."""
-    return dg.Definitions(resources={"runtime": RuntimeResource()}, sensors=[record_failures])
+    """The runtime resource and the sensors for failures and alerts."""
+    return dg.Definitions(resources={"runtime": RuntimeResource()}, sensors=[record_failures, deliver])

@@ -73,6 +73,8 @@ def evaluate(
     facts: dict[str, Any],
     monotone: Mapping[str, float] | None = None,
     replicates: int = REPLICATES,
+    *,
+    recalibrated: bool = False,
 ) -> Evaluation:
     """Judge every model on the test rows and decide whether the challenger is to be promoted.
 
@@ -84,6 +86,7 @@ def evaluate(
         facts: what else belongs into the record (snapshots, validation losses, ...).
         monotone: see `gate.decide`.
         replicates: bootstrap resamples of entities.
+        recalibrated: see `gate.decide`.
     """
     constant = np.full(len(scores.y), np.log(scores.training_rate) - np.log1p(-scores.training_rate))
     log_odds = {CONSTANT: constant, **scores.log_odds}
@@ -93,7 +96,10 @@ def evaluate(
     segments = _segments(campaign, scores, models, challenger, replicates)
     periods = {} if scores.period is None else {"": scores.period}
     champion = CHAMPION if CHAMPION in models else None
-    decision = decide(challenger, champion, replicated, segments[challenger], saved_difference, campaign.gate, monotone)
+    decision = decide(
+        challenger, champion, replicated, segments[challenger], saved_difference, campaign.gate, monotone,
+        recalibrated=recalibrated,
+    )  # fmt: skip
     record = {
         **facts,
         "campaign": campaign.name,

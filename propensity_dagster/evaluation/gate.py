@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from propensity_dagster.campaign_sections import Gate
 from propensity_dagster.evaluation.bootstrap import Floats, lower_bound, upper_bound
 
@@ -58,8 +60,13 @@ def decide(
     saved_difference: float,
     limits: Gate,
     monotone: Mapping[str, float] | None = None,
+    *,
+    recalibrated: bool = False,
 ) -> Decision:
     """Judge a challenger against the champion (if there is one), the baseline and the constant.
+
+    A champion that was only recalibrated is judged against itself and the constant: its ranking is the champion's, and
+    its calibration may be nearer to right than the champion's is, where that is not within the limits.
 
     Args:
         challenger: the model with the lowest cross-validated validation log loss; test rows had no say.
@@ -70,12 +77,12 @@ def decide(
         limits: the campaign's limits.
         monotone: by constrained feature, how far in log-odds the challenger moves the wrong way; None without any.
     """
-    references = [*([champion] if champion else []), "baseline", CONSTANT]
+    references = [*([champion] if champion else []), *([] if recalibrated else ["baseline"]), CONSTANT]
     references = [name for name in references if name != challenger]
     criteria = [_beats(challenger, reference, replicated, limits) for reference in references]
     ranked = [name for name in references if name != CONSTANT]
     criteria += [_keeps_lift(challenger, reference, replicated, limits) for reference in ranked]
-    criteria += _is_calibrated(challenger, replicated, limits)
+    criteria += _is_calibrated(challenger, replicated, limits, champion if recalibrated else None)
     criteria.append(_no_segment_collapses(segments, limits))
     criteria.append(
         Criterion("saved model", saved_difference <= 1e-6, f"differs by {saved_difference:.2g}", "at most 1e-06")
@@ -109,26 +116,28 @@ def _keeps_lift(
     )
 
 
-def _is_calibrated(challenger: str, replicated: Mapping[str, Mapping[str, Floats]], limits: Gate) -> list[Criterion]:
-    slope, intercept, error = (
-        float(replicated[challenger][name][0])
-        for name in ("calibration_slope", "calibration_intercept", "calibration_error")
-    )
+def _is_calibrated(
+    challenger: str, replicated: Mapping[str, Mapping[str, Floats]], limits: Gate, stale: str | None
+) -> list[Criterion]:
+    """Within the limits; of a recalibrated model also: nearer to right than the stale one."""
     low, high = limits.slope
+
+    def slope(model: str) -> Criterion:
+        found = float(replicated[model]["calibration_slope"][0])
+        words = f"{found:.2f}" if np.isfinite(found) else "none: all forecasts are equal"
+        return Criterion("calibration slope", low <= found <= high, words, f"between {low} and {high}")
+
+    def away(metric: str, name: str, limit: float, shown: str) -> Criterion:
+        found, before = (float(replicated[m][metric][0]) for m in (challenger, stale or challenger))
+        better = stale is not None and abs(found) < abs(before)
+        words = f"{found:{shown}}" + (f", stale {before:{shown}}" if stale else "")
+        wanted = f"at most {limit} from 0" + (", or nearer than stale" if stale else "")
+        return Criterion(name, abs(found) <= limit or better, words, wanted)
+
     return [
-        Criterion("calibration slope", low <= slope <= high, f"{slope:.2f}", f"between {low} and {high}"),
-        Criterion(
-            "calibration in the large",
-            abs(intercept) <= limits.max_intercept,
-            f"{intercept:+.2f}",
-            f"within {limits.max_intercept} of 0",
-        ),
-        Criterion(
-            "expected calibration error",
-            error <= limits.max_calibration_error,
-            f"{error:.4f}",
-            f"at most {limits.max_calibration_error}",
-        ),
+        slope(challenger),
+        away("calibration_intercept", "calibration in the large", limits.max_intercept, "+.2f"),
+        away("calibration_error", "expected calibration error", limits.max_calibration_error, ".4f"),
     ]
 
 

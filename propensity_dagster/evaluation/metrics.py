@@ -254,10 +254,20 @@ def _recalibration(judged: Judged, w: Floats, *, free_slope: bool) -> Floats:
     everyone = np.ones((1, len(z)))
     for _ in range(50):
         step = _newton_step(z, judged.y, everyone, estimate, free_slope=free_slope)[0]
+        # A full step may overshoot where the forecasts are far off: it is halved until the likelihood grows.
+        while np.abs(step).max() > 1e-10 and _line_loss(z, judged.y, estimate + step) > _line_loss(
+            z, judged.y, estimate
+        ):
+            step = step / 2
         estimate = estimate + step
         if np.abs(step).max() < 1e-10:
             break
     return estimate + _newton_step(z, judged.y, w, estimate, free_slope=free_slope)
+
+
+def _line_loss(z: Floats, y: Floats, at: Floats) -> float:
+    line = at[0] + at[1] * z
+    return float(-(y * log_expit(line) + (1 - y) * log_expit(-line)).sum())
 
 
 def _newton_step(z: Floats, y: Floats, w: Floats, at: Floats, *, free_slope: bool) -> Floats:

@@ -115,17 +115,17 @@ def reference_rows(model: FittedModel, sample: pa.Table) -> Floats:
     return X[order[((np.arange(count) + 0.5) * len(order) / max(count, 1)).astype(np.int64)]]
 
 
-def sample_rows(batches: Iterable[pa.RecordBatch], total: int) -> pa.Table:
-    """About 20,000 of `total` rows, evenly spaced, whatever their number."""
-    stride = max(1, total // _SAMPLE_ROWS)
+def sample_rows(batches: Iterable[pa.RecordBatch], total: int, wanted: int = _SAMPLE_ROWS) -> pa.Table:
+    """About `wanted` of `total` rows, evenly spaced, whatever their number."""
+    stride = max(1, total // wanted)
     taken = [batch.take(pa.array(np.arange(0, batch.num_rows, stride))) for batch in batches]
     return pa.Table.from_batches(taken).combine_chunks()
 
 
-def sample_file(file: Path, columns: list[str]) -> pa.Table:
+def sample_file(file: Path, columns: list[str], wanted: int = _SAMPLE_ROWS) -> pa.Table:
     """The same of a parquet file."""
     source = pq.ParquetFile(file)
-    return sample_rows(source.iter_batches(columns=columns), source.metadata.num_rows)
+    return sample_rows(source.iter_batches(columns=columns), source.metadata.num_rows, wanted)
 
 
 def _by_feature(campaign: Campaign, stated: dict[str, Any], aliases: dict[str, str], known: set[str]) -> dict[str, Any]:

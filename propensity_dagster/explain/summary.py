@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.lake import Home, publish_text
 from propensity_dagster.evaluation.bootstrap import entity_weights, estimate
 from propensity_dagster.evaluation.splits import TEST
@@ -101,6 +101,25 @@ def explain_model(campaign: Campaign, model: FittedModel, version: str, role: st
     _write_history(history, record, lines)
     publish_text(json.dumps(record, indent=1), home.reports(campaign.name) / RECORD)
     return Explained(record, X, found, features, 1 / (1 + np.exp(-z)))
+
+
+def read_importance(campaign: Campaign, version: str, home: Home) -> dict[str, float]:
+    """Share of importance of each feature, by the model's name for it; empty for a version that was not explained."""
+    inner = campaign.features.names if isinstance(campaign, EventCampaign) else {}
+    for line in _read_history(home.reports(campaign.name) / HISTORY):
+        if line["version"] == version:
+            return {str(inner.get(name, name)): share for name, share in line["shares"].items()}
+    return {}
+
+
+def inherit_importance(campaign: Campaign, parent: str, version: str, home: Home) -> None:
+    """A version that only recalibrates another goes by the same features: its line of the history is that one's."""
+    file = home.reports(campaign.name) / HISTORY
+    lines = _read_history(file)
+    known = {line["version"]: line for line in lines}
+    if parent in known and version not in known:
+        lines.append({**known[parent], "version": version})
+        publish_text("".join(json.dumps(line) + "\n" for line in lines), file)
 
 
 def _calibration(model: FittedModel, found: Contributions, z: Floats) -> dict[str, Any]:

@@ -6,8 +6,9 @@ Counting is done where the data are: one row of totals per table comes back, nev
 # Ibis does not type the arithmetic of columns.
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,28 +23,37 @@ from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home, publish_table
 from propensity_dagster.errors import DataContractError
+from propensity_dagster.explain.population import sample_file
+from propensity_dagster.explain.summary import read_importance
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.dataset import CATEGORY
-from propensity_dagster.monitoring.stability import Counts, Stability, judge_stability
-from propensity_dagster.scoring.batch import SCORES
+from propensity_dagster.models.population import Counts
+from propensity_dagster.monitoring.domain import read_reference, tell_apart
+from propensity_dagster.monitoring.stability import WARN, Stability, judge_stability
+from propensity_dagster.scoring.batch import SCORES, version_of
 
 logger = logging.getLogger(__name__)
 
-DRIFT, SCORE, TRAINING, PREVIOUS = "drift", "(score)", "training", "previous"
+DRIFT, SCORE, TOGETHER, TRAINING, PREVIOUS = "drift", "(score)", "(together)", "training", "previous"
+DISTRIBUTION, MISSING, UNSEEN, OUT_OF_RANGE, DOMAIN = "distribution", "missing", "unseen", "out of range", "domain auc"
+"""What is measured: of a column its stability index and shares of rows, of all together the domain classifier."""
+
+_MAX_PACE = 4.0
+_SLACK = 1.25  # the largest movement of a few training snapshots is not the largest there can be
+_COUNTS = "counts"
+
 SCHEMA = pa.schema(
     [
         ("snapshot", pa.date32()),
         ("against", pa.string()),
         ("column", pa.string()),
-        ("index", pa.float64()),
-        ("by_chance", pa.float64()),
+        ("measure", pa.string()),
+        ("value", pa.float64()),
+        ("usual", pa.float64()),
         ("p_value", pa.float64()),
         ("severity", pa.string()),
-        ("largest_bucket", pa.string()),
-        ("missing", pa.float64()),
-        ("missing_before", pa.float64()),
-        ("unseen", pa.float64()),
-        ("out_of_range", pa.float64()),
+        ("detail", pa.string()),
+        ("importance", pa.float64()),
         ("model_version", pa.string()),
     ]
 )
@@ -51,11 +61,15 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What was published: rows that were compared, and the columns that drifted, the gravest first."""
+    """What was published: rows that were compared, and the columns that drifted, the gravest first.
+
+    `domain_auc` is how well tonight's rows can be told from the model's; None where that was not tried.
+    """
 
     rows: int
     compared_with: tuple[str, ...]
     score_index: float
+    domain_auc: float | None
     drifted: tuple[str, ...]
     severity: str
 
@@ -67,6 +81,11 @@ class _Counted:
     rows: int
     buckets: Mapping[str, Counts]
     outside: Mapping[str, int]
+
+    def to_text(self, version: str) -> str:
+        """Kept with the table: the next snapshot is compared with them."""
+        buckets = {name: counts.tolist() for name, counts in self.buckets.items()}
+        return json.dumps({"version": version, "rows": self.rows, "buckets": buckets, "outside": dict(self.outside)})
 
 
 def publish_drift(
@@ -98,27 +117,55 @@ def publish_drift(
         raise DataContractError(f"{campaign.name}: snapshot {snapshot} has no rows: nothing can be said of drift")
     trained = {name: np.array(f["counts"]) for name, f in population["features"].items()}
     trained[SCORE] = np.array(population["scores"]["counts"])
-    rows = _compare(snapshot, TRAINING, trained, population["independent"], now, model, version)
+    reference = _Counted(population["rows"], trained, dict.fromkeys(now.outside, 0))
+    expected = _expected(population, snapshot, model)
+    rows = _compare(TRAINING, reference, population["independent"], now, model, expected)
+    still = [name for name in model.contract.names if expected.get((name, DISTRIBUTION), 0.0) <= WARN]
+    rows.append(_together(campaign, model, version, features, still, home))
     before = _previous(campaign, snapshot, version, home)
     if before is not None:
-        earlier = _count(before[1], before[2], model, population, engine)
+        earlier = _kept_counts(lake.partition(DRIFT, "snapshot", before[0]), version)
+        earlier = earlier or _count(before[1], before[2], model, population, engine)
         if earlier.rows:
-            rows += _compare(snapshot, PREVIOUS, earlier.buckets, earlier.rows, now, model, version)
-    target = lake.partition(DRIFT, "snapshot", snapshot)
-    publish_table(pa.Table.from_pylist(rows, schema=SCHEMA), target)
+            rows += _compare(PREVIOUS, earlier, earlier.rows, now, model, _expected_steps(population))
+    importance = read_importance(campaign, version, home)
+    same = {"snapshot": snapshot, "model_version": version}
+    rows = [{**same, "importance": importance.get(row["column"]), **row} for row in rows]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata({_COUNTS: now.to_text(version)})
+    publish_table(table, lake.partition(DRIFT, "snapshot", snapshot))
     return _report(rows, now.rows, before)
 
 
-def scored_by(campaign: Campaign, snapshot: date, home: Home) -> str:
-    """Version of the model that scored a snapshot.
+def read_drift(campaign: Campaign, snapshot: date, home: Home) -> list[dict[str, Any]]:
+    """Rows of the `drift` of a snapshot; none before it was compared."""
+    file = home.lake(campaign.name).partition(DRIFT, "snapshot", snapshot)
+    return pq.read_table(file).to_pylist() if file.exists() else []
 
-    Raises:
-        DataContractError: when it has not been scored, or has no rows.
-    """
-    file = pq.ParquetFile(home.lake(campaign.name).existing_partition(SCORES, "snapshot", snapshot))
-    for batch in file.iter_batches(1, columns=["model_version"]):
-        return batch.column(0)[0].as_py()
-    raise DataContractError(f"{campaign.name}: snapshot {snapshot} has no scores: nothing can be said of drift")
+
+def _together(
+    campaign: Campaign, model: FittedModel, version: str, features: Path, still: Sequence[str], home: Home
+) -> dict[str, Any]:
+    """The row of the domain classifier, over the columns that do not move by themselves."""
+    row = {"against": TRAINING, "column": TOGETHER, "measure": DOMAIN, "usual": 0.5, "severity": "none"}
+    reference = read_reference(campaign, home, version)
+    if reference is None:
+        return {**row, "detail": f"not compared: version {version} was registered before its training rows were kept"}
+    found = tell_apart(campaign, model, still, reference, sample_file(features, [campaign.key, *model.contract.names]))
+    if found is None:
+        return {**row, "detail": "not compared: fewer than 100 customers on one side"}
+    words = ", ".join(f"{name} {share:.0%}" for name, share in found.columns)
+    row["usual"] = found.expected
+    return {**row, "value": found.auc, "p_value": found.p_value, "severity": found.severity, "detail": words}
+
+
+def _kept_counts(drift: Path, version: str) -> _Counted | None:
+    """Counts of an earlier snapshot, in the buckets of the version that scored it."""
+    kept = (pq.read_schema(drift).metadata or {}).get(_COUNTS.encode()) if drift.exists() else None
+    stated = json.loads(kept) if kept else {}
+    if stated.get("version") != version:
+        return None
+    buckets = {name: np.array(counts, dtype=np.int64) for name, counts in stated["buckets"].items()}
+    return _Counted(stated["rows"], buckets, stated["outside"])
 
 
 def _previous(campaign: Campaign, snapshot: date, version: str, home: Home) -> tuple[date, Path, Path] | None:
@@ -126,7 +173,7 @@ def _previous(campaign: Campaign, snapshot: date, version: str, home: Home) -> t
     lake = home.lake(campaign.name)
     for day in reversed([d for d in lake.partitions(SCORES, "snapshot") if d < snapshot]):
         features, scores = (lake.partition(table, "snapshot", day) for table in ("features", SCORES))
-        if features.exists() and pq.read_metadata(scores).num_rows and scored_by(campaign, day, home) == version:
+        if features.exists() and version_of(scores) == version:
             return day, features, scores
     return None
 
@@ -187,36 +234,86 @@ def _category_counts(table: Any, spec: Any, present: int, rows: int, engine: Eng
     return np.array([*counts, rows - present, present - sum(counts)], dtype=np.int64)
 
 
+def _expected(population: Mapping[str, Any], snapshot: date, model: FittedModel) -> dict[tuple[str, str], float]:
+    """How far each column would be from training by now if it went on as it did between the training snapshots.
+
+    Those that come and go have gone as far before; those that move as time passes keep their pace: shares move in
+    proportion to the days, the index, a squared distance, to their square.
+    """
+    pace = _pace(population, snapshot, model)
+    if not pace:
+        return {}
+    found: dict[tuple[str, str], float] = {}
+    for name, known in population["features"].items():
+        moved = known["moved"]
+        found[name, DISTRIBUTION] = _SLACK * max(moved["index"], moved["trend"] * pace**2)
+        found[name, MISSING] = _SLACK * max(moved["missing"], moved["missing_trend"] * pace)
+        found[name, OUT_OF_RANGE] = _SLACK * moved.get("outside_trend", 0.0) * pace
+    return found
+
+
+def _expected_steps(population: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """How far each column went from one training snapshot to the next."""
+    found: dict[tuple[str, str], float] = {}
+    for name, known in population["features"].items():
+        moved = known.get("moved")
+        if moved:
+            found[name, DISTRIBUTION] = _SLACK * moved["step"]
+            found[name, MISSING] = _SLACK * moved["missing_step"]
+    return found
+
+
+def _pace(population: Mapping[str, Any], snapshot: date, model: FittedModel) -> float:
+    """Days from the middle of training to the snapshot, over the days training spans; at most four times that."""
+    trained = model.facts.get("snapshots", {}).get("train")
+    if not population.get("days") or not trained:
+        return 0.0
+    first, last = (date.fromisoformat(day) for day in (trained[0], trained[-1]))
+    return min(((snapshot - first).days - (last - first).days / 2) / population["days"], _MAX_PACE)
+
+
 def _compare(
-    snapshot: date, against: str, reference: Mapping[str, Counts], independent: float, now: _Counted,
-    model: FittedModel, version: str,
-) -> list[dict[str, Any]]:  # fmt: skip
+    against: str,
+    reference: _Counted,
+    independent: float,
+    now: _Counted,
+    model: FittedModel,
+    expected: Mapping[tuple[str, str], float],
+) -> list[dict[str, Any]]:
+    """Rows of the table: of each column its distribution, and shares of rows that are there at all."""
     kinds = {spec.name: spec for spec in model.contract.features}
-    judged = judge_stability({name: (reference[name], now.buckets[name]) for name in reference}, independent)
+    counts: dict[tuple[str, str], tuple[Counts, Counts]] = {}
+    for name, buckets in now.buckets.items():
+        before = reference.buckets[name]
+        counts[name, DISTRIBUTION] = (before, buckets)
+        category = name in kinds and kinds[name].kind == CATEGORY
+        places = {MISSING: -2, UNSEEN: -1} if category else {MISSING: -1}
+        pairs = {measure: (before[at], buckets[at]) for measure, at in places.items()}
+        if not category:
+            pairs[OUT_OF_RANGE] = (reference.outside.get(name, 0), now.outside.get(name, 0))
+        for measure, (a, b) in pairs.items():
+            if a or b:
+                counts[name, measure] = (_two(a, before.sum()), _two(b, buckets.sum()))
+    shares = [key for key in counts if key[1] != DISTRIBUTION]
     rows: list[dict[str, Any]] = []
-    for name, found in judged.items():
-        counts, before = now.buckets[name], reference[name]
-        spec = kinds.get(name)
-        category = spec is not None and spec.kind == CATEGORY
-        at = -2 if category else -1
-        rows.append(
-            {
-                "snapshot": snapshot,
-                "against": against,
-                "column": name,
-                "index": found.index,
-                "by_chance": found.by_chance,
-                "p_value": found.p_value,
-                "severity": found.severity,
-                "largest_bucket": _bucket(spec, found, len(counts), category=category),
-                "missing": counts[at] / now.rows,
-                "missing_before": before[at] / max(before.sum(), 1),
-                "unseen": counts[-1] / now.rows if category else 0.0,
-                "out_of_range": now.outside.get(name, 0) / now.rows,
-                "model_version": version,
-            }
-        )
+    for (name, measure), found in judge_stability(counts, independent, shares, expected).items():
+        before, buckets = counts[name, measure]
+        row = {"against": against, "column": name, "measure": measure, "p_value": found.p_value}
+        row["severity"] = found.severity
+        if measure == DISTRIBUTION:
+            spec = kinds.get(name)
+            category = spec is not None and spec.kind == CATEGORY
+            row |= {"value": found.index, "usual": max(found.by_chance, expected.get((name, measure), 0.0))}
+            row["detail"] = _bucket(spec, found, len(buckets), category=category)
+        else:
+            row |= {"value": buckets[0] / max(buckets.sum(), 1), "usual": before[0] / max(before.sum(), 1)}
+            row["detail"] = ""
+        rows.append(row)
     return rows
+
+
+def _two(count: int, total: int) -> Counts:
+    return np.array([count, total - count], dtype=np.int64)
 
 
 def _bucket(spec: Any, found: Stability, size: int, *, category: bool) -> str:
@@ -230,8 +327,19 @@ def _bucket(spec: Any, found: Stability, size: int, *, category: bool) -> str:
 def _report(rows: list[dict[str, Any]], count: int, before: tuple[date, Path, Path] | None) -> DriftReport:
     ranks = {"alert": 0, "warn": 1}
     found = [row for row in rows if row["severity"] != "none"]
-    found.sort(key=lambda row: (ranks[row["severity"]], -row["index"]))
-    score = next(row["index"] for row in rows if row["against"] == TRAINING and row["column"] == SCORE)
-    words = tuple(f"{r['column']} against {r['against']}: {r['index']:.2f} ({r['largest_bucket']})" for r in found)
+    found.sort(key=lambda row: (ranks[row["severity"]], -row["value"]))
+    score = next(row["value"] for row in rows if row["against"] == TRAINING and row["column"] == SCORE)
+    domain = next(row.get("value") for row in rows if row["measure"] == DOMAIN)
     severity = found[0]["severity"] if found else "none"
-    return DriftReport(count, (TRAINING, *([str(before[0])] if before else [])), score, words, severity)
+    compared = (TRAINING, *([str(before[0])] if before else []))
+    return DriftReport(count, compared, score, domain, tuple(drift_sentence(row) for row in found), severity)
+
+
+def drift_sentence(row: Mapping[str, Any]) -> str:
+    """One row of the table in words."""
+    what, value, usual = row["column"], row["value"], row["usual"]
+    if row["measure"] == DISTRIBUTION:
+        return f"{what} against {row['against']}: {value:.2f} ({row['detail']})"
+    if row["measure"] == DOMAIN:
+        return f"all columns together against {row['against']}: AUC {value:.2f} ({row['detail']})"
+    return f"{what} against {row['against']}: {value:.1%} {row['measure']}, {usual:.1%} before"

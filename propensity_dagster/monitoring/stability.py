@@ -8,22 +8,27 @@ two samples of one distribution it is about (1/n + 1/m) times a chi-squared with
 Belongs here: counts in, judgement out. Does not: reading data, alerts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2, false_discovery_control
 
-Counts = NDArray[np.int64]
+from propensity_dagster.models.population import SMOOTHING, Counts, index_terms
+
+K = TypeVar("K", bound=Hashable)
 
 WARN, ALERT = 0.1, 0.25
 """Limits of the index by industry practice."""
 
+SHARE_WARN, SHARE_ALERT = 0.05, 0.20
+"""Limits of a change in the share of rows that are missing, never seen, or out of range."""
+
 FALSE_ALARMS = 0.005
 """Rate of false discoveries over all columns of a snapshot (Benjamini and Hochberg 1995)."""
 
-_SMOOTHING = 0.5  # added to every bucket: an empty one is rare, not impossible
 _MIN_EXPECTED = 10.0  # rows a bucket must be expected to hold; below, the chi-squared law does not hold
 
 
@@ -32,15 +37,13 @@ class Stability:
     """How one column's distribution moved.
 
     Attributes:
-        name: of the column.
         index: the population stability index, over all buckets.
         by_chance: what the index is expected to be between equal distributions, at these sample sizes.
         p_value: how often chance alone gives as much.
-        severity: "none", "warn" or "alert"; by the index, and only beyond chance among all columns.
+        severity: "none", "warn" or "alert"; by the index or the share, and only beyond chance among all columns.
         largest: the bucket that contributes most.
     """
 
-    name: str
     index: float
     by_chance: float
     p_value: float
@@ -50,42 +53,46 @@ class Stability:
 
 def stability_index(reference: Counts, current: Counts) -> float:
     """Population stability index of two samples' counts (buckets,) over the same buckets."""
-    return float(_terms(reference, current).sum())
+    return float(index_terms(reference, current).sum())
 
 
 def judge_stability(
-    counts: Mapping[str, tuple[Counts, Counts]], reference_size: float | None = None
-) -> dict[str, Stability]:
+    counts: Mapping[K, tuple[Counts, Counts]],
+    reference_size: float | None = None,
+    shares: Collection[K] = (),
+    expected: Mapping[K, float] | None = None,
+) -> dict[K, Stability]:
     """Judge the columns of one snapshot together.
 
     Args:
         counts: per column the counts (buckets,) of reference and current rows.
         reference_size: number of independent rows in the reference, where rows repeat a customer; None: all are.
+        shares: those of `counts` that have two buckets, of which the first one's share is judged, not the index.
+        expected: how far a column moves by itself, as time passes; less than that is no finding.
 
     Returns:
         A judgement per column. Under equal distributions the chance that any column is not "none" is at most 0.5%.
     """
     tested = {name: _tested(reference, current, reference_size) for name, (reference, current) in counts.items()}
     adjusted = false_discovery_control([p for _, p in tested.values()]) if tested else []
-    found: dict[str, Stability] = {}
+    found: dict[K, Stability] = {}
     for (name, (reference, current)), beyond in zip(counts.items(), adjusted, strict=True):
         by_chance, p_value = tested[name]
-        terms = _terms(reference, current)
+        terms = index_terms(reference, current)
         index = float(terms.sum())
+        size, (warn, alert) = index, (WARN, ALERT)
+        if name in shares:
+            size, (warn, alert) = abs(_share(current) - _share(reference)), (SHARE_WARN, SHARE_ALERT)
         real = beyond <= FALSE_ALARMS
-        severity = "alert" if real and index > ALERT else "warn" if real and index > WARN else "none"
-        found[name] = Stability(name, index, by_chance, p_value, severity, int(terms.argmax()))
+        real = real and size > (expected or {}).get(name, 0.0)
+        severity = "alert" if real and size > alert else "warn" if real and size > warn else "none"
+        found[name] = Stability(index, by_chance, p_value, severity, int(terms.argmax()))
     return found
 
 
-def _terms(reference: Counts, current: Counts) -> NDArray[np.float64]:
-    p, q = _shares(current), _shares(reference)
-    return (p - q) * np.log(p / q)
-
-
-def _shares(counts: Counts) -> NDArray[np.float64]:
-    smoothed = counts + _SMOOTHING
-    return smoothed / smoothed.sum()
+def _share(counts: Counts) -> float:
+    """Share of the first bucket."""
+    return float(counts[0] / max(counts.sum(), 1))
 
 
 def _tested(reference: Counts, current: Counts, reference_size: float | None) -> tuple[float, float]:
@@ -104,7 +111,7 @@ def _tested(reference: Counts, current: Counts, reference_size: float | None) ->
         return 0.0, 1.0
     a, b = (np.bincount(groups, weights=counts, minlength=size) for counts in (reference, current))
     scale = 1 / n + 1 / m
-    p, q = (b + _SMOOTHING) / (n + _SMOOTHING * size), (a + _SMOOTHING) / (a.sum() + _SMOOTHING * size)
+    p, q = (b + SMOOTHING) / (n + SMOOTHING * size), (a + SMOOTHING) / (a.sum() + SMOOTHING * size)
     statistic = float(((p - q) * np.log(p / q)).sum()) / scale
     return scale * (size - 1), float(chi2.sf(statistic, size - 1))
 

@@ -5,7 +5,6 @@ Belongs here: what the page says, and what a reader must be warned of. The page 
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from propensity_dagster.evaluation.splits import EMBARGO, TEST, TRAIN
 from propensity_dagster.explain.ablation import read_ablation
 from propensity_dagster.features.snapshots import SPLITS
 from propensity_dagster.reports.plots import PLOTS, label, svg_plot
+from propensity_dagster.reports.rendering import interval, number, plain, template
 from propensity_dagster.reports.summary import count_rows
 from propensity_dagster.scoring.candidates import read_evaluation
 from propensity_dagster.synthetic import is_synthetic
@@ -49,7 +49,7 @@ def publish_report(campaign: Campaign, home: Home) -> Path:
         "explained": explained,
         "ablation": read_ablation(campaign, home),
         "features": explained["features"][:_FEATURES_SHOWN] if explained else [],
-        "described": any(f["meaning"] != _plain(f["feature"]) for f in explained["features"]) if explained else False,
+        "described": any(f["meaning"] != plain(f["feature"]) for f in explained["features"]) if explained else False,
         "few": _FEW_IN_SEGMENT,
         "segments": list(record["segments"][record["challenger"]].items())[:_SEGMENTS_SHOWN],
         "more_segments": max(len(record["segments"][record["challenger"]]) - _SEGMENTS_SHOWN, 0),
@@ -63,7 +63,7 @@ def publish_report(campaign: Campaign, home: Home) -> Path:
         else 2,
         "contact": campaign.contact,
     }
-    publish_text(_template().render(content), folder / REPORT)
+    publish_text(template("evaluation_report.html").render(content), folder / REPORT)
     return folder / REPORT
 
 
@@ -87,7 +87,7 @@ def cautions(
     """What could be wrong with these numbers, the gravest first; the last ones hold of every propensity model."""
     found = [*_too_good(record, explained), *_too_few(record), *_off(record)]
     if explained and explained["jumped"]:
-        jumped = [_plain(row["feature"]) for row in explained["jumped"]]
+        jumped = [plain(row["feature"]) for row in explained["jumped"]]
         found.append(f"The importance of {_joined(jumped)} jumped against the last versions: has its source changed?")
     if record["champion_lacks"]:
         found.append(
@@ -133,7 +133,7 @@ def _too_good(record: Mapping[str, Any], explained: Mapping[str, Any] | None) ->
     first = explained["features"][0] if explained else None
     if first and first["share"]["value"] > _SUSPICIOUS_SHARE:
         found.append(
-            f"{_plain(first['feature'])} alone has {first['share']['value']:.0%} of the importance: make sure that it "
+            f"{plain(first['feature'])} alone has {first['share']['value']:.0%} of the importance: make sure that it "
             "is known before the outcome, and expect trouble on the day it is late or broken."
         )
     return found
@@ -290,53 +290,6 @@ def _figures(record: dict[str, Any], folder: Path, explained: dict[str, Any] | N
 
 def _read(file: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def _template() -> Any:
-    from jinja2 import Environment, StrictUndefined
-
-    environment: Any = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        number=number, interval=interval, percent=percent, plain=_plain, label=label, money=money, found=_found
-    )
-    return environment.from_string(
-        files("propensity_dagster.reports").joinpath("evaluation_report.html").read_text(encoding="utf-8")
-    )
-
-
-def number(value: float | None, digits: int, *, signed: bool = False) -> str:
-    """A number with thousands separated, or a dash where there is none."""
-    return "–" if value is None else f"{value:{'+' if signed else ''},.{digits}f}"
-
-
-def interval(found: Mapping[str, float | None], digits: int, *, signed: bool = False) -> str:
-    """The 95% interval in words."""
-    if found["low"] is None:
-        return "no interval"
-    return f"{number(found['low'], digits, signed=signed)} to {number(found['high'], digits, signed=signed)}"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage, or a dash where there is none."""
-    return "–" if value is None else f"{value:.{digits}%}"
-
-
-def money(value: float | None) -> str:
-    """An amount in the campaign's currency: whole units once there are hundreds of them."""
-    if value is None:
-        return "–"
-    return number(value, 0 if abs(value) >= 100 else 2)
-
-
-def _found(found: Mapping[str, float | None], digits: int) -> str:
-    """Value and interval; what cannot be known says so."""
-    if found["value"] is None or found["low"] is None:
-        return "too few"
-    return f"{number(found['value'], digits)} ({interval(found, digits)})"
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", " ")
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ by the engine's external sort, then the finished table.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -29,6 +30,7 @@ from propensity_dagster.contracts import reason_columns, scores_contract
 from propensity_dagster.data.engine import BATCH_ROWS, Engine
 from propensity_dagster.data.lake import Home, publishing
 from propensity_dagster.data.quarantine import count_violations
+from propensity_dagster.errors import DataContractError
 from propensity_dagster.explain.population import sample_file
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.models.base import FittedModel
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCORES = "scores"
+SCORES, REPLACED = "scores", "scores_replaced"
 PRIOR_SHIFT = "prior_shift"
 """Key of the file's metadata: what was added to all log-odds of the snapshot."""
 
@@ -100,6 +102,7 @@ def score_snapshot(
     target = lake.partition(SCORES, "snapshot", snapshot)
     if target.exists():
         logger.info("scores %s: replacing %s earlier ones", snapshot, f"{pq.read_metadata(target).num_rows:,}")
+        _keep_replaced(campaign, snapshot, version, home)
     coder = _reason_coder(campaign, features, model)
     with tempfile.TemporaryDirectory(prefix="propensity-scores-") as scratch:
         raw = Path(scratch) / "log_odds.parquet"
@@ -139,6 +142,42 @@ def score_violations(campaign: Campaign, snapshot: date, home: Home, engine: Eng
     table = engine.read(home.lake(campaign.name).existing_partition(SCORES, "snapshot", snapshot))
     contract = scores_contract(campaign)
     return int(engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))["n"][0].as_py())
+
+
+def version_of(scores: Path) -> str | None:
+    """Version of the model that gave a file of scores; None where nobody was scored."""
+    for batch in pq.ParquetFile(scores).iter_batches(1, columns=["model_version"]):
+        return batch.column(0)[0].as_py()
+    return None
+
+
+def delivered_scores(campaign: Campaign, snapshot: date, home: Home) -> dict[str, Path]:
+    """Files of the scores of a snapshot by the version that gave them, the ones in force last.
+
+    Scores that another version replaced had been delivered before: they are kept, to be judged by their outcomes.
+
+    Raises:
+        DataContractError: when the snapshot has not been scored, or has no rows.
+    """
+    lake = home.lake(campaign.name)
+    current = lake.existing_partition(SCORES, "snapshot", snapshot)
+    version = version_of(current)
+    if version is None:
+        raise DataContractError(f"{campaign.name}: snapshot {snapshot} has no scores: nobody was eligible")
+    replaced = lake.root.glob(f"{REPLACED}/version=*/snapshot={snapshot}/part.parquet")
+    earlier = {str(version_of(file)): file for file in sorted(replaced, key=lambda f: f.stat().st_mtime_ns)}
+    earlier.pop(version, None)
+    return {**earlier, version: current}
+
+
+def _keep_replaced(campaign: Campaign, snapshot: date, version: str, home: Home) -> None:
+    """Scores of another version stay under a name of their own: a second link to the file, no copy."""
+    lake = home.lake(campaign.name)
+    current = lake.partition(SCORES, "snapshot", snapshot)
+    before = version_of(current)
+    if before not in (None, version):
+        with publishing(lake.partition(f"{REPLACED}/version={before}", "snapshot", snapshot)) as temporary:
+            os.link(current, temporary)
 
 
 @dataclass

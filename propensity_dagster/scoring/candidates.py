@@ -199,7 +199,7 @@ def score_test_rows(campaign: Campaign, home: Home, champion: FittedModel | None
         models = {c.name: load_model(folder / c.name) for c in campaign.models}
         if champion is not None:
             models[CHAMPION] = champion
-        parts.append(_score_rows(campaign, models, table))
+        parts.append(score_rows(campaign, models, table))
     table = pa.concat_tables(tables)
     log_odds = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     keys = table[campaign.key].combine_chunks().dictionary_encode()
@@ -211,7 +211,7 @@ def score_test_rows(campaign: Campaign, home: Home, champion: FittedModel | None
         y=table["converted"].cast("float64").to_numpy(),
         entity=keys.indices.to_numpy().astype(np.int64),
         log_odds=log_odds,
-        segments={c: _segment_values(campaign, table, c) for c in campaign.all_segments},
+        segments={c: segment_values(campaign, table, c) for c in campaign.all_segments},
         training_rate=float(train.cast("float64").to_numpy().mean()),
         period=_periods(table),
     )
@@ -230,7 +230,8 @@ def _periods(table: pa.Table) -> Any:
     return None
 
 
-def _score_rows(campaign: Campaign, models: Mapping[str, FittedModel], table: pa.Table) -> dict[str, Floats]:
+def score_rows(campaign: Campaign, models: Mapping[str, FittedModel], table: pa.Table) -> dict[str, Floats]:
+    """Log-odds (n,) of every model for these rows, adapted to their outcome rate where the campaign wants it."""
     out: dict[str, Floats] = {}
     encoded: dict[int, Floats] = {}
     for name, model in models.items():
@@ -315,7 +316,12 @@ def _snapshots_of_splits(campaign: Campaign, home: Home) -> dict[str, list[str]]
     return found
 
 
-def _segment_values(campaign: Campaign, table: pa.Table, name: str) -> Any:
+def segment_values(campaign: Campaign, table: pa.Table, name: str) -> Any:
+    """The segment of each row (n,) as text.
+
+    Raises:
+        ConfigError: when there is no such column, or it is a number.
+    """
     if name not in table.column_names:
         raise ConfigError(f"{campaign.file}: segments: there is no column {name!r} in the training set")
     column = table[name]

@@ -1,6 +1,7 @@
 """Carrying out the gate's decision in the model store, and finding the champion."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from propensity_dagster.campaign import Campaign
@@ -49,21 +50,29 @@ def require_champion(campaign: Campaign, store: ModelStore) -> tuple[str, Fitted
     return found
 
 
-def promote_if_decided(campaign: Campaign, record: dict[str, Any], home: Home, store: ModelStore) -> PromotionReport:
+def promote_if_decided(
+    campaign: Campaign, record: dict[str, Any], folder: Path, reports: Path, store: ModelStore
+) -> PromotionReport:
     """Register the challenger of an evaluation and carry out its decision.
+
+    Args:
+        campaign: the campaign.
+        record: the evaluation.
+        folder: the challenger as it was saved.
+        reports: where the record and what belongs to it lie.
+        store: versions and aliases.
 
     Running it again, after a crash or by hand, changes nothing: an equal model keeps its version, and a
     version that is the champion already is neither promoted nor refused again.
     """
     decision = record["decision"]
-    folder = home.candidates(campaign.name) / record["challenger"]
     facts = {
         **{f"snapshots_{split}": f"{s[0]} to {s[-1]}" for split, s in record["snapshots"].items()},
         "rows_test": record["rows"],
         "outcome_rate_test": record["outcome_rate"],
         **{f"training_{k}": v for k, v in record["training"][record["challenger"]]["rows"].items()},
     }
-    challenger = store.record_training(campaign.name, folder, record, home.reports(campaign.name), facts)
+    challenger = store.record_training(campaign.name, folder, record, reports, facts)
     champion = store.champion(campaign.name)
     sentence = decision["sentence"]
     if champion is not None and champion.version == challenger.version:

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from propensity_dagster.campaign_sections import SYNTHETIC_SCHEME
 from propensity_dagster.errors import ConfigError
-from propensity_dagster.synthetic.world import WorldConfig
+from propensity_dagster.synthetic.world import TROUBLES, WorldConfig
 
 _WORLDS = ("ecommerce", "saas", "bank", "outreach")
+_TROUBLED = "ecommerce"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class SyntheticWorld:
         shutil.rmtree(staging, ignore_errors=True)
         (staging / "oracle").mkdir(parents=True)
         self._module.generate(self.config, staging / "tables", staging / "oracle")
-        described = {**asdict(self.config), "first_day": str(self.config.first_day)}
-        (staging / "world.json").write_text(json.dumps(described, indent=1))
+        (staging / "world.json").write_text(json.dumps(asdict(self.config), indent=1, default=str))
         staging.rename(self.folder)
 
     def true_probability(self, snapshot: date, horizon_days: int) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
@@ -92,11 +92,27 @@ def open_world(connection: str, root: Path) -> SyntheticWorld:
         raise ConfigError(f"connection: unknown synthetic world {name!r}; allowed are {', '.join(_WORLDS)}")
     options: dict[str, Any] = {}
     for option, value in parse_qsl(query, keep_blank_values=True):
+        if option == "trouble":
+            options["trouble"] = (*options.get("trouble", ()), _trouble(name, value))
+            continue
         if option not in ("customers", "seed", "days"):
-            raise ConfigError(f"connection: unknown option {option!r}; allowed are customers, seed, days")
+            raise ConfigError(f"connection: unknown option {option!r}; allowed are customers, seed, days, trouble")
         if not value.isdigit() or (option != "seed" and int(value) == 0):
             raise ConfigError(f"connection: {option} must be a positive whole number, got {value!r}")
         options[option] = int(value)
     config = WorldConfig(**options)
-    folder = root / f"{name}-{config.customers}-{config.days}d-seed{config.seed}"
+    trouble = "".join(f"-{kind}-{day}" for kind, day in config.trouble)
+    folder = root / f"{name}-{config.customers}-{config.days}d-seed{config.seed}{trouble}"
     return SyntheticWorld(name, config, folder)
+
+
+def _trouble(world: str, value: str) -> tuple[str, date]:
+    kind, _, day = value.partition("@")
+    if world != _TROUBLED:
+        raise ConfigError(f"connection: trouble is for {_TROUBLED}, not for {world}")
+    if kind not in TROUBLES:
+        raise ConfigError(f"connection: unknown trouble {kind!r}; allowed are {', '.join(TROUBLES)}")
+    try:
+        return kind, date.fromisoformat(day)
+    except ValueError:
+        raise ConfigError(f"connection: trouble must be KIND@DATE such as units@2025-03-01, got {value!r}") from None

@@ -18,6 +18,7 @@ import csv
 import logging
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,8 @@ OUTCOME_TABLE = "orders"
 _DAYS_BEFORE = 720  # sign-ups reach this far back before the first day
 _CLICK_BOOST = 1.5
 _TYPICAL_CONVERSION = 0.008
+_BAD_DAYS = 3  # that come twice, or late
+_CHANGED_CONCEPT = 0.2  # about as many orders as before
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,13 @@ def generate(config: WorldConfig, tables: Path, oracle: Path) -> None:
     rng = np.random.default_rng(config.seed)
     latents = _draw_latents(config, rng)
     tables.mkdir(parents=True)
-    pq.write_table(pa.table(vars(latents)), oracle / "latents.parquet")
     _write_customers(config, latents, tables / "customers.csv", rng)
+    for kind, start in config.trouble:
+        if kind == "population":
+            latents = _with_newcomers(config, latents, start, tables / "customers.csv")
+    pq.write_table(pa.table(vars(latents)), oracle / "latents.parquet")
     next_order = 1
-    rate = np.zeros(config.customers)
+    rate = np.zeros(len(latents.signup))
     for offset in range(config.days):
         day = config.first_day + timedelta(days=offset)
         if offset % 7 == 0:
@@ -115,9 +121,9 @@ def true_probability(
     table = pq.read_table(oracle / "latents.parquet")
     latents = Latents(**{name: table[name].to_numpy() for name in table.column_names})
     start = config.offset(snapshot)
-    silent = np.ones(config.customers)  # still there, no order yet
-    gone = np.zeros(config.customers)  # dropped out before any order
-    rate = np.zeros(config.customers)
+    silent = np.ones(len(latents.signup))  # still there, no order yet
+    gone = np.zeros(len(latents.signup))  # dropped out before any order
+    rate = np.zeros(len(latents.signup))
     for step in range(horizon_days):
         offset = start + step
         if step == 0 or offset % 7 == 0:
@@ -126,7 +132,7 @@ def true_probability(
         silent *= (1 - latents.hazard) * _no_order(config, latents, rate, offset)
     probability = 1 - silent - gone
     known = (latents.signup < start) & (latents.dropout >= start)
-    keys = np.arange(1, config.customers + 1).astype(np.str_)
+    keys = np.arange(1, len(latents.signup) + 1).astype(np.str_)
     return keys, np.where(known, probability, 0.0)
 
 
@@ -164,6 +170,35 @@ def _draw_latents(config: WorldConfig, rng: np.random.Generator) -> Latents:
     )
 
 
+def _with_newcomers(config: WorldConfig, latents: Latents, start: date, customers: Path) -> Latents:
+    """As many customers again as there are half, all of one kind, who sign up within two weeks from `start`."""
+    rng = np.random.default_rng([config.seed, 1])
+    more = _draw_latents(WorldConfig(config.customers // 2, config.seed, config.days, config.first_day), rng)
+    n = len(more.signup)
+    signup = config.offset(start) + rng.integers(0, 14, n)
+    changed = {
+        "signup": signup,
+        "dropout": signup + rng.geometric(more.hazard) - 1,
+        "channel": np.full(n, int(np.flatnonzero(CHANNELS == "social")[0])),
+        "country": np.full(n, int(np.flatnonzero(COUNTRIES == "IT")[0])),
+        "age": rng.integers(18, 26, n),
+    }
+    added = {**vars(more), **changed}
+    at = np.datetime64(config.first_day, "s") + (signup * 86_400).astype("timedelta64[s]")
+    with customers.open("a", newline="", encoding="utf-8") as handle:
+        keys = np.arange(len(latents.signup) + 1, len(latents.signup) + n + 1)
+        columns = [keys, np.datetime_as_string(at), changed["age"], ["IT"] * n, ["social"] * n]
+        csv.writer(handle).writerows(zip(*columns, strict=True))
+    return Latents(**{name: np.concatenate([values, added[name]]) for name, values in vars(latents).items()})
+
+
+def _conversion(config: WorldConfig, latents: Latents, day: date) -> Floats:
+    """P(order) of a visit. When the concept changes, whoever comes often no longer buys more than who comes rarely."""
+    if config.days_of("concept", day) is None:
+        return latents.conversion
+    return np.minimum(_CHANGED_CONCEPT * _TYPICAL_CONVERSION / latents.visit_level, 0.5)
+
+
 def _weekly_visit_rate(latents: Latents, week_start: int) -> Floats:
     """Visits a day in the week that starts at `week_start`, before weekday and season."""
     angle = 2 * np.pi * week_start / latents.wave_period + latents.wave_phase
@@ -194,9 +229,10 @@ def _open_probability(latents: Latents, offset: int) -> Floats:
 
 def _no_order(config: WorldConfig, latents: Latents, rate: Floats, offset: int) -> Floats:
     """P(no order on one day) of a customer who is still there."""
-    organic = np.exp(-rate * _calendar(config, offset) * latents.conversion)
+    conversion = _conversion(config, latents, config.first_day + timedelta(days=offset))
+    organic = np.exp(-rate * _calendar(config, offset) * conversion)
     clicked = _is_mailed(config, latents, offset) * _open_probability(latents, offset) * latents.click_level
-    return organic * (1 - clicked * np.minimum(_CLICK_BOOST * latents.conversion, 1.0))
+    return organic * (1 - clicked * np.minimum(_CLICK_BOOST * conversion, 1.0))
 
 
 def _write_day(
@@ -222,24 +258,42 @@ def _write_day(
 
     visitors = np.concatenate([browsing, clicked])
     boost = np.concatenate([np.ones(len(browsing)), np.full(len(clicked), _CLICK_BOOST)])
-    buys = rng.random(len(visitors)) < np.minimum(boost * latents.conversion[visitors], 1.0)
+    conversion = _conversion(config, latents, day)[visitors]
+    buys = rng.random(len(visitors)) < np.minimum(boost * conversion, 1.0)
     visit_times = day_times(rng, day, len(visitors))
-    _write_visits(latents, tables / "web_visits", day, visitors, visit_times, buys, rng)
-    _write_emails(tables / "emails", day, mailed, opened, clicked, rng)
+    tell = partial(_tell, config, tables)
+    tell("web_visits", day, _visits(latents, visitors, visit_times, buys, rng))
+    tell("emails", day, _emails(day, mailed, opened, clicked, rng))
     buyers = visitors[buys]
-    _write_orders(latents, tables / "orders", day, buyers, visit_times[buys], next_order, rng)
+    tell("orders", day, _orders(latents, buyers, visit_times[buys], next_order, rng))
     return next_order + len(buyers)
 
 
-def _write_orders(
-    latents: Latents,
-    folder: Path,
-    day: date,
-    buyers: Ints,
-    times: NDArray[np.datetime64],
-    next_order: int,
-    rng: np.random.Generator,
-) -> None:
+def _tell(config: WorldConfig, tables: Path, table: str, day: date, columns: dict[str, pa.Array]) -> None:
+    """Write a day of a table, with whatever is wrong with it by then. A file holds what arrived on its day."""
+    if "pages" in columns and config.days_of("units", day) is not None:
+        columns["pages"] = pa.array(columns["pages"].to_numpy() * 100)
+    if "pages" in columns and config.days_of("missing", day) is not None:
+        columns["pages"] = pa.nulls(len(columns["pages"]), pa.int64())
+    if table == "emails" and config.days_of("emails", day) is not None:
+        return
+    arrives = day
+    since = config.days_of("late", day)
+    if since is not None and since < _BAD_DAYS:
+        arrives = day + timedelta(days=7)
+    if table == "orders" and config.days_of("label_delay", day) is not None:
+        arrives = day + timedelta(days=14)
+    if arrives > config.last_day:
+        return
+    write_day(tables / table, arrives, columns)
+    since = config.days_of("duplicates", day)
+    if since is not None and since < _BAD_DAYS:
+        write_day(tables / table, arrives, columns)
+
+
+def _orders(
+    latents: Latents, buyers: Ints, times: NDArray[np.datetime64], next_order: int, rng: np.random.Generator
+) -> dict[str, pa.Array]:
     amounts = np.round(np.exp(latents.spend_level[buyers] + rng.normal(0, 0.5, len(buyers))), 2)
     loyal = rng.random(len(buyers)) < 0.6
     other = rng.choice(len(CATEGORIES), len(buyers), p=_CATEGORY_SHARE)
@@ -256,28 +310,22 @@ def _write_orders(
     values[spans[3]] *= -1
     values[spans[4]] = np.inf
     values[spans[6]] += 1.0
-    write_day(
-        folder,
-        day,
-        {
-            "order_id": pa.array(ids[rows]),
-            "customer_id": key_column(buyers[rows], spans[0]),
-            "ordered_at": time_column(times[rows], spans[1], spans[2]),
-            "amount": pa.array(values),
-            "category": pa.array(categories[rows]),
-        },
-    )
+    return {
+        "order_id": pa.array(ids[rows]),
+        "customer_id": key_column(buyers[rows], spans[0]),
+        "ordered_at": time_column(times[rows], spans[1], spans[2]),
+        "amount": pa.array(values),
+        "category": pa.array(categories[rows]),
+    }
 
 
-def _write_visits(
+def _visits(
     latents: Latents,
-    folder: Path,
-    day: date,
     visitors: Ints,
     times: NDArray[np.datetime64],
     buys: NDArray[np.bool_],
     rng: np.random.Generator,
-) -> None:
+) -> dict[str, pa.Array]:
     n = len(visitors)
     # Those who convert more often look deeper on every visit: their interest can be seen before they buy.
     depth = 2.5 * latents.conversion[visitors] / _TYPICAL_CONVERSION
@@ -288,19 +336,15 @@ def _write_visits(
     at = np.cumsum([n, len(no_key), len(no_time), len(negative)])
     shown = pages[rows]
     shown[at[2] : at[3]] *= -1
-    write_day(
-        folder,
-        day,
-        {
-            "customer_id": key_column(visitors[rows], np.arange(at[0], at[1])),
-            "visited_at": time_column(times[rows], np.arange(at[1], at[2]), np.arange(0)),
-            "pages": pa.array(shown),
-            "seconds": pa.array(seconds[rows]),
-        },
-    )
+    return {
+        "customer_id": key_column(visitors[rows], np.arange(at[0], at[1])),
+        "visited_at": time_column(times[rows], np.arange(at[1], at[2]), np.arange(0)),
+        "pages": pa.array(shown),
+        "seconds": pa.array(seconds[rows]),
+    }
 
 
-def _write_emails(folder: Path, day: date, mailed: Ints, opened: Ints, clicked: Ints, rng: np.random.Generator) -> None:
+def _emails(day: date, mailed: Ints, opened: Ints, clicked: Ints, rng: np.random.Generator) -> dict[str, pa.Array]:
     customers = np.concatenate([mailed, opened, clicked])
     events = np.repeat(["sent", "open", "click"], [len(mailed), len(opened), len(clicked)])
     n = len(customers)
@@ -309,15 +353,11 @@ def _write_emails(folder: Path, day: date, mailed: Ints, opened: Ints, clicked: 
     shown = events[rows].astype(object)
     shown[n + len(no_key) : n + len(no_key) + len(unknown)] = "bounced"
     times = day_times(rng, day, n)
-    write_day(
-        folder,
-        day,
-        {
-            "customer_id": key_column(customers[rows], np.arange(n, n + len(no_key))),
-            "sent_at": pa.array(times[rows]),
-            "event": pa.array(shown, pa.string()),
-        },
-    )
+    return {
+        "customer_id": key_column(customers[rows], np.arange(n, n + len(no_key))),
+        "sent_at": pa.array(times[rows]),
+        "event": pa.array(shown, pa.string()),
+    }
 
 
 def _write_customers(config: WorldConfig, latents: Latents, file: Path, rng: np.random.Generator) -> None:

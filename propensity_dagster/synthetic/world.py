@@ -15,14 +15,30 @@ _DIRTY_SHARE = 0.003
 _FAR_FUTURE = np.datetime64("2099-12-31T12:00:00", "us")
 
 
+TROUBLES = ("units", "missing", "population", "concept", "emails", "duplicates", "late", "label_delay")
+"""What can go wrong from a day on, to see whether it is found: see `WorldConfig.trouble`."""
+
+
 @dataclass(frozen=True)
 class WorldConfig:
-    """Size, seed and calendar of a world: 609 days are about 20 months."""
+    """Size, seed and calendar of a world: 609 days are about 20 months.
+
+    `trouble` names what goes wrong, and from which day on; before it the world is the same as without. A feature comes
+    in other `units`, or goes `missing`; another `population` arrives; the relation of customers to outcomes changes
+    (`concept`); `emails` stop; three days come twice (`duplicates`) or a week `late`; orders are known two weeks later
+    (`label_delay`).
+    """
 
     customers: int = 20_000
     seed: int = 7
     days: int = 609
     first_day: date = date(2024, 1, 1)
+    trouble: tuple[tuple[str, date], ...] = ()
+
+    def days_of(self, trouble: str, day: date) -> int | None:
+        """Days since a trouble began; None before it, or without it."""
+        begun = [start for name, start in self.trouble if name == trouble and start <= day]
+        return (day - begun[0]).days if begun else None
 
     @property
     def last_day(self) -> date:
@@ -42,9 +58,13 @@ def day_times(rng: np.random.Generator, day: date, size: int) -> NDArray[np.date
 
 
 def write_day(folder: Path, day: date, columns: dict[str, pa.Array]) -> None:
-    """Write one day's rows of a table."""
+    """Write one day's rows of a table, behind those that are in the day's file already."""
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), folder / f"{day}.parquet", compression="zstd")
+    file = folder / f"{day}.parquet"
+    table = pa.table(columns)
+    if file.exists():
+        table = pa.concat_tables([pq.read_table(file), table])
+    pq.write_table(table, file, compression="zstd")
 
 
 def dirty_rows(rng: np.random.Generator, size: int, kinds: int) -> list[NDArray[np.int64]]:
