@@ -246,7 +246,7 @@ def test_wrong_settings_are_told_without_the_address(home, settings, message):
     folder = home.root / "alerts"
     folder.mkdir()
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(ConfigError, match="settings.yaml") as error:
+    with pytest.raises(ConfigError, match=r"settings\.yaml") as error:
         read_settings(home)
     assert message in str(error.value)
     assert "json://h" not in str(error.value)
