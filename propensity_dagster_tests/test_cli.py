@@ -150,7 +150,7 @@ def test_the_ui_shows_what_the_demo_materialized(demo):
             "small__monthly",
             "small__nightly_predictions",
         }
-        assert len(repository["sensors"]) == 4
+        assert len(repository["sensors"]) == 7
         page = urllib.request.urlopen(f"http://127.0.0.1:{reports}/small/report.html", timeout=10).read()
         assert page == (home / "reports" / "small" / "report.html").read_bytes()
     finally:
