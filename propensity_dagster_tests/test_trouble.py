@@ -204,6 +204,7 @@ TROUBLES = {
     "duplicates": ("quality: visits duplicate share", 1),
     "late": ("quality: visits rows", 1),
     "label_delay": ("quality: orders days without events", 1),
+    "concept": ("performance: ranking", 5),
 }
 
 
@@ -243,9 +244,12 @@ def test_the_named_columns_are_the_broken_ones(told):
         assert {"visits_pages_sum_7d", "visits_pages_mean_7d", "visits_pages_max_7d"} <= columns
 
 
-@pytest.mark.skip(reason="not finished: seen to fail, the cause is not found yet")
 def test_late_events_reopen_a_snapshot_visibly(told):
+    """Of three late days one has arrived when the snapshot is counted first, the others later."""
     shop, _ = told("late")
+    shop.arrive(BEGUN + WEEK + timedelta(days=1))
+    with open_engine() as engine:
+        publish_ledger(shop.campaign, shop.home, shop.store, engine)
     seen = shop.run(BEGUN + 2 * WEEK, BEGUN + 2 * WEEK)
     (row,) = [r for r in read_ledger(shop.campaign, shop.home) if r["snapshot"] == BEGUN - WEEK]
     before, now = row["revisions"]
@@ -261,7 +265,6 @@ def test_late_labels_are_not_zeros(told):
     assert states[BEGUN - WEEK] == "waiting"
 
 
-@pytest.mark.skip(reason="not finished: seen to fail, the cause is not found yet")
 def test_concept_drift_is_answered(told):
     """Ranking is lost: trained again, not more often than allowed, and not twice for the same reason."""
     shop, _ = told("concept")
