@@ -232,10 +232,10 @@ def send(channel: Channel, title: str, body: str) -> str | None:
     missing = [name for name in _VARIABLE.findall(channel.url) if name not in os.environ]
     if missing:
         return f"environment variable {missing[0]} is not set"
+    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     service = apprise.Apprise()
     if not service.add(_VARIABLE.sub(lambda m: os.environ[m.group(1)], channel.url)):
         return "its url is not an address that apprise knows: see the list of services in apprise's documentation"
-    logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     try:
         done = service.notify(title=title, body=body, body_format=apprise.NotifyFormat.TEXT)
     except Exception as error:  # a plug-in may raise anything; the others must be told all the same
