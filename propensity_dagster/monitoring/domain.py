@@ -29,7 +29,6 @@ WARN, ALERT = 0.65, 0.80
 """AUC of the domain classifier. One normal column shifted so that its index is 0.1 gives 0.59, at 0.25 0.64; many
 columns that each moved a little add up."""
 
-_ROWS = 20_000
 _MIN_ROWS = 100
 _ROUNDS = 60
 _NAMED = 5
@@ -45,7 +44,7 @@ class Domain:
 
     Attributes:
         auc: out of fold; 0.5 is one population.
-        expected: the same between the older and the newer half of the model's own rows: time moves some columns.
+        expected: the same between the oldest and the newest quarter of the model's own rows: time moves some columns.
         p_value: how often chance alone gives as much, by the law of Mann and Whitney's statistic.
         columns: those the classifier goes by, with their share of its gain, the largest first.
     """
@@ -88,10 +87,9 @@ def tell_apart(
     campaign: Campaign, model: FittedModel, columns: Sequence[str], reference: pa.Table, current: pa.Table
 ) -> Domain | None:
     """Train the classifier on these columns of reference (m) and current rows (n); None where there are too few."""
-    newest = _one_row_a_customer(reference, campaign.key)
-    if min(newest.num_rows, current.num_rows) < _MIN_ROWS or not columns:
+    if min(reference.num_rows, current.num_rows) < _MIN_ROWS or not columns:
         return None
-    found, gain, p_value = _classify(campaign, model, columns, newest, current)
+    found, gain, p_value = _classify(campaign, model, columns, reference, current)
     return Domain(found, _within(campaign, model, columns, reference), p_value, _named(columns, gain))
 
 
@@ -102,7 +100,6 @@ def _within(campaign: Campaign, model: FittedModel, columns: Sequence[str], refe
     snapshot = reference["snapshot"].to_numpy()
     low, high = np.quantile(snapshot.astype("int64"), [0.25, 0.75]).astype(snapshot.dtype)
     older, newer = (reference.filter(pa.array(rows)) for rows in (snapshot <= low, snapshot >= high))
-    older, newer = (_one_row_a_customer(part, campaign.key) for part in (older, newer))
     if low >= high or min(older.num_rows, newer.num_rows) < _MIN_ROWS:
         return 0.5
     return _classify(campaign, model, columns, older, newer)[0]
@@ -125,18 +122,14 @@ def _classify(
         z[held] = booster.predict(X[held], raw_score=True, num_threads=0)
         gain += booster.feature_importance("gain")
     found = float(auc(Weighted(Judged(z, y), np.ones((1, len(y)))))[0])
-    return found, gain, _p_value(found, y)
+    # Snapshots repeat their customers, who count once. Taking one row of each would change the population: the newest
+    # row of those who have left since is the one from when they were leaving.
+    sizes = [float(len(pc.unique(part[campaign.key]))) for part in (reference, current)]
+    return found, gain, _p_value(found, *sizes)
 
 
 def _training_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch.filter(pc.equal(batch.column("split"), TRAIN))
-
-
-def _one_row_a_customer(table: pa.Table, key: str) -> pa.Table:
-    """Snapshots repeat their customers; the newest row of each counts."""
-    keys = table[key].to_pylist()
-    newest = {k: i for i, k in enumerate(keys)}
-    return table.take(pa.array(sorted(newest.values())))
 
 
 def _train(X: Floats, y: Floats, categorical: Sequence[int], seed: int) -> Any:
@@ -146,10 +139,9 @@ def _train(X: Floats, y: Floats, categorical: Sequence[int], seed: int) -> Any:
     return lightgbm.train({**_PARAMS, "seed": seed}, data, _ROUNDS)
 
 
-def _p_value(found: float, y: Floats) -> float:
+def _p_value(found: float, m: float, n: float) -> float:
     from scipy.stats import norm
 
-    n, m = float(y.sum()), float(len(y) - y.sum())
     return float(norm.sf((found - 0.5) / np.sqrt((n + m + 1) / (12 * n * m))))
 
 
