@@ -120,7 +120,7 @@ def _draw_scores(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     x = _dates(axes, [row["snapshot"] for row in newest])
     p = {name: np.array([row[name] for row in newest]) * 100 for name in ("p05", "p25", "p50", "p75", "p95")}
     for low, high, alpha, words in (("p05", "p95", 0.15, "90% of customers"), ("p25", "p75", 0.3, "half of them")):
-        axes.fill_between(x, p[low], p[high], color="#0072B2", alpha=alpha, linewidth=0, label=words, step="mid")
+        axes.vlines(x, p[low], p[high], color="#0072B2", alpha=alpha, linewidth=7, label=words)
     axes.plot(x, p["p50"], color="#0072B2", marker="o", markersize=3, label="median")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -192,7 +192,7 @@ def _draw_drift(axes: Any, drift: Mapping[date, Sequence[Mapping[str, Any]]], co
         axes.text(j, i, mark, ha="center", va="center", color="#D55E00", fontsize=7)
     axes.set_yticks(range(len(columns)), [c.replace("_", " ") for c in columns], fontsize=7)
     _dates(axes, days)
-    axes.set_title("Stability index against training: black is 0.5; ■ alert, □ warning")
+    axes.set_title("Stability index (black: 0.5)  ■ alert  □ warning")
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
 
