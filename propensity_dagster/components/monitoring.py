@@ -35,7 +35,7 @@ from propensity_dagster.monitoring.recalibration import RECALIBRATED, recalibrat
 from propensity_dagster.reports.monitoring_page import publish_monitoring_page
 from propensity_dagster.reports.site import report_url
 from propensity_dagster.runtime import Runtime
-from propensity_dagster.scoring.batch import SCORES, delivered_scores
+from propensity_dagster.scoring.batch import SCORES, require_version
 from propensity_dagster.scoring.promotion import version_model
 from propensity_dagster.serving.publish.releases import publish_release
 
@@ -85,7 +85,7 @@ def _drift(campaign: Campaign) -> dg.AssetsDefinition:
         with runtime.engine() as engine:
             for snapshot in partition_days(context):
                 # A snapshot is compared with what scored it, whoever is champion now.
-                version = list(delivered_scores(campaign, snapshot, runtime.home))[-1]
+                version = require_version(campaign, snapshot, runtime.home)
                 if version not in models:
                     models[version] = version_model(campaign, runtime.store, version)
                 reports[snapshot] = publish_drift(campaign, snapshot, models[version], version, runtime.home, engine)
@@ -116,7 +116,7 @@ def _drift_report(campaign: Campaign) -> dg.AssetsDefinition:
     @user_errors
     def drift_report(context: dg.AssetExecutionContext, runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
         snapshot = partition_days(context)[-1]
-        version = list(delivered_scores(campaign, snapshot, runtime.home))[-1]
+        version = require_version(campaign, snapshot, runtime.home)
         model = version_model(campaign, runtime.store, version)
         drawn = publish_drift_report(campaign, snapshot, model, version, runtime.home)
         return dg.MaterializeResult(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -194,6 +195,11 @@ def publish_table(table: pa.Table, file: Path) -> None:
     """Write one Arrow table as one parquet file. Equal tables give equal bytes."""
     with publishing(file) as temporary:
         write_parquet(table, temporary)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Rows of a small table; none before it has been published."""
+    return pq.read_table(file).to_pylist() if file.exists() else []
 
 
 def write_parquet(table: pa.Table, file: Path) -> None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.lake import Home, publish_table
+from propensity_dagster.data.lake import Home, publish_table, read_rows
 from propensity_dagster.errors import DataContractError
 from propensity_dagster.explain.population import sample_file
 from propensity_dagster.explain.summary import read_importance
@@ -138,8 +138,7 @@ def publish_drift(
 
 def read_drift(campaign: Campaign, snapshot: date, home: Home) -> list[dict[str, Any]]:
     """Rows of the `drift` of a snapshot; none before it was compared."""
-    file = home.lake(campaign.name).partition(DRIFT, "snapshot", snapshot)
-    return pq.read_table(file).to_pylist() if file.exists() else []
+    return read_rows(home.lake(campaign.name).partition(DRIFT, "snapshot", snapshot))
 
 
 def _together(

@@ -19,21 +19,22 @@ import pyarrow.parquet as pq
 from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.ingest import newest_event_day
-from propensity_dagster.data.lake import Home, publish_table, publish_text
+from propensity_dagster.data.lake import Home, publish_table, publish_text, read_rows
 from propensity_dagster.errors import InsufficientDataError
 from propensity_dagster.evaluation.value import break_even
+from propensity_dagster.features.build import is_mature
 from propensity_dagster.monitoring.outcomes import (
     OUTCOMES,
-    is_due,
+    OutcomeCounts,
     lacks_outcomes,
     outcomes_by_version,
     publish_outcomes,
+    read_counts,
     realised_performance,
-    revisions_of,
 )
 from propensity_dagster.monitoring.promised import promised_performance
 from propensity_dagster.registry.store import ModelStore
-from propensity_dagster.scoring.batch import SCORES, delivered_scores, version_of
+from propensity_dagster.scoring.batch import SCORES, delivered_scores, stamp_of, version_of
 from propensity_dagster.scoring.promotion import version_model
 
 logger = logging.getLogger(__name__)
@@ -101,14 +102,16 @@ def publish_ledger(campaign: Campaign, home: Home, store: ModelStore, engine: En
     learnt: dict[str, date | None] = {}
     rows: list[dict[str, Any]] = []
     for snapshot in scored:
-        outcomes = _outcomes_of(campaign, snapshot, home)
+        outcomes = home.lake(campaign.name).partition(OUTCOMES, "snapshot", snapshot)
+        counts = read_counts(outcomes)
         for version, file in delivered_scores(campaign, snapshot, home).items():
-            at = pq.read_table(file, columns=["scored_at"])["scored_at"][0].as_py()
+            _, at = stamp_of(file) or ("", None)
             row = known.get((snapshot, version, at)) or _promise(campaign, snapshot, version, at, file)
-            if version in outcomes:
+            if version in counts.known and not _is_told(row, version, counts):
                 if version not in learnt:
                     learnt[version] = learnt_until(campaign, store, version)
-                row = _complete(campaign, row, learnt[version], outcomes[version], home)
+                own = outcomes_by_version(pq.read_table(outcomes))[version]
+                row = _complete(campaign, row, learnt[version], own, counts.revisions, home)
             rows.append(row)
     publish_table(pa.Table.from_pylist(rows, schema=SCHEMA), home.lake(campaign.name).file(LEDGER))
     return LedgerReport(tuple(rows), tuple(counted), reopened, unknowable)
@@ -116,8 +119,7 @@ def publish_ledger(campaign: Campaign, home: Home, store: ModelStore, engine: En
 
 def read_ledger(campaign: Campaign, home: Home) -> list[dict[str, Any]]:
     """Rows of the ledger, oldest snapshot first; none before there is one."""
-    file = home.lake(campaign.name).file(LEDGER)
-    return pq.read_table(file).to_pylist() if file.exists() else []
+    return read_rows(home.lake(campaign.name).file(LEDGER))
 
 
 def scored_snapshots(campaign: Campaign, home: Home) -> list[date]:
@@ -164,16 +166,23 @@ def learnt_until(campaign: Campaign, store: ModelStore, version: str) -> date | 
     return date.fromisoformat(instant[:10]) if found else None
 
 
+def _is_told(row: dict[str, Any], version: str, counts: OutcomeCounts) -> bool:
+    """Whether a row says already what came true."""
+    return row["state"] != WAITING and row["known"] == counts.known[version] and row["revisions"] == counts.revisions
+
+
 def _count_due(
     campaign: Campaign, scored: Sequence[date], home: Home, engine: Engine
 ) -> tuple[list[date], dict[date, int]]:
     lake = home.lake(campaign.name)
     counted: list[date] = []
     reopened: dict[date, int] = {}
+    newest = newest_event_day(campaign, home) if isinstance(campaign, EventCampaign) else None
     for snapshot in scored:
-        if not is_due(campaign, snapshot, home):
+        if isinstance(campaign, EventCampaign) and newest and not is_mature(campaign, newest, as_of=snapshot):
             continue
-        if lake.partition(OUTCOMES, "snapshot", snapshot).exists() and _is_closed(campaign, snapshot, home):
+        known = read_counts(lake.partition(OUTCOMES, "snapshot", snapshot)).known
+        if known and _is_closed(campaign, snapshot, known, newest, home):
             continue
         try:
             report = publish_outcomes(campaign, snapshot, home, engine)
@@ -186,24 +195,14 @@ def _count_due(
     return counted, reopened
 
 
-def _is_closed(campaign: Campaign, snapshot: date, home: Home) -> bool:
+def _is_closed(campaign: Campaign, snapshot: date, known: dict[str, int], newest: date | None, home: Home) -> bool:
     """Whether a snapshot is too old for late events, and every version that scored it has been counted."""
-    table = home.lake(campaign.name).partition(OUTCOMES, "snapshot", snapshot)
-    versions = set(pq.read_table(table, columns=["model_version"])["model_version"].unique().to_pylist())
-    if versions != set(delivered_scores(campaign, snapshot, home)):
+    if set(known) != set(delivered_scores(campaign, snapshot, home)):
         return False
-    if not isinstance(campaign, EventCampaign):
+    if not isinstance(campaign, EventCampaign) or newest is None:
         return True
     end = snapshot + timedelta(days=campaign.outcome_end_days + campaign.source.late_days + _REOPEN_DAYS)
-    return end < newest_event_day(campaign, home)
-
-
-def _outcomes_of(campaign: Campaign, snapshot: date, home: Home) -> dict[str, tuple[pa.Table, list[int]]]:
-    file = home.lake(campaign.name).partition(OUTCOMES, "snapshot", snapshot)
-    if not file.exists():
-        return {}
-    revisions = revisions_of(file)
-    return {version: (table, revisions) for version, table in outcomes_by_version(pq.read_table(file)).items()}
+    return end < newest
 
 
 def _promise(campaign: Campaign, snapshot: date, version: str, scored_at: Any, file: Any) -> dict[str, Any]:
@@ -228,12 +227,9 @@ def _promise(campaign: Campaign, snapshot: date, version: str, scored_at: Any, f
 
 
 def _complete(
-    campaign: Campaign, row: dict[str, Any], learnt: date | None, found: tuple[pa.Table, list[int]], home: Home
+    campaign: Campaign, row: dict[str, Any], learnt: date | None, table: pa.Table, revisions: list[int], home: Home
 ) -> dict[str, Any]:
-    """The row with what came true; unchanged where it was told already."""
-    table, revisions = found
-    if row["state"] != WAITING and row["known"] == table.num_rows and row["revisions"] == revisions:
-        return row
+    """The row with what came true."""
     realised = realised_performance(campaign, row["snapshot"], table, break_even(campaign.value), home)
     expected = float(table["probability"].to_numpy().sum())
     file = home.reports(campaign.name) / OUTCOMES / f"{row['snapshot']}_version_{row['model_version']}.json"

@@ -36,13 +36,20 @@ from propensity_dagster.scoring.batch import delivered_scores
 logger = logging.getLogger(__name__)
 
 OUTCOMES = "outcomes"
-REVISIONS = "revisions"
-"""Key of the file's metadata: conversions each time they were counted and had changed, the first count first."""
+_COUNTS = "counts"
 
 _REPLICATES = 100
 _MIN_SEGMENT_ROWS = 30
 _KNOWN_SHARE = 0.9  # of the rows a table of decisions must know before a snapshot counts as mature
 _SEGMENT_METRICS = {name: METRICS[name] for name in ("log_loss", "auc", "calibration_intercept", "top_decile_lift")}
+
+
+@dataclass(frozen=True)
+class OutcomeCounts:
+    """Conversions each time they were counted and had changed, the first count first; known outcomes by version."""
+
+    revisions: list[int]
+    known: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,6 @@ class OutcomesReport:
     rows: int
     converted: int
     reopened_from: int | None
-
-
-def is_due(campaign: Campaign, snapshot: date, home: Home) -> bool:
-    """Whether the outcomes of a snapshot may be known by now. A table of decisions has to be asked."""
-    return not isinstance(campaign, EventCampaign) or snapshot <= newest_mature(campaign, home)
 
 
 def lacks_outcomes(campaign: Campaign) -> str | None:
@@ -78,29 +80,32 @@ def publish_outcomes(campaign: Campaign, snapshot: date, home: Home, engine: Eng
     lake = home.lake(campaign.name)
     delivered = delivered_scores(campaign, snapshot, home)
     tables = [_joined(campaign, snapshot, version, file, home, engine) for version, file in delivered.items()]
-    known = tables[-1].num_rows
+    rows = tables[-1].num_rows
     scored = pq.read_metadata(next(reversed(delivered.values()))).num_rows
-    if known < _KNOWN_SHARE * scored or not known:
+    if rows < _KNOWN_SHARE * scored or not rows:
         raise InsufficientDataError(
-            f"{campaign.name}: of the {scored:,} customers scored for {snapshot} the outcome of {known:,} is known; "
+            f"{campaign.name}: of the {scored:,} customers scored for {snapshot} the outcome of {rows:,} is known; "
             f"{_KNOWN_SHARE:.0%} are needed"
         )
     table = pa.concat_tables(tables)
     converted = _conversions(tables[-1])
     target = lake.partition(OUTCOMES, "snapshot", snapshot)
-    before = revisions_of(target) if target.exists() else []
+    before = read_counts(target).revisions
     revisions = before if before and before[-1] == converted else [*before, converted]
-    publish_table(table.replace_schema_metadata({REVISIONS: json.dumps(revisions)}), target)
+    known = {version: part.num_rows for version, part in zip(delivered, tables, strict=True)}
+    counts = json.dumps({"revisions": revisions, "known": known})
+    publish_table(table.replace_schema_metadata({_COUNTS: counts}), target)
     reopened = before[-1] if len(revisions) > 1 and len(revisions) > len(before) else None
     if reopened is not None:
         logger.warning("outcomes %s: late events: %d conversions, %d before", snapshot, converted, reopened)
-    return OutcomesReport(known, converted, reopened)
+    return OutcomesReport(rows, converted, reopened)
 
 
-def revisions_of(file: Path) -> list[int]:
-    """Conversions of a snapshot each time they were counted and had changed."""
-    metadata = pq.read_schema(file).metadata or {}
-    return json.loads(metadata.get(REVISIONS.encode(), b"[]"))
+def read_counts(file: Path) -> OutcomeCounts:
+    """What was counted of a snapshot, from the file's footer; nothing before it was."""
+    metadata = (pq.read_schema(file).metadata or {}) if file.exists() else {}
+    stated = json.loads(metadata.get(_COUNTS.encode(), b"{}"))
+    return OutcomeCounts(stated.get("revisions", []), stated.get("known", {}))
 
 
 def realised_performance(

@@ -35,13 +35,13 @@ def promised_performance(probability: Floats, threshold: float, seed: int = 0) -
     p = np.sort(np.clip(probability, _TINY, 1 - _TINY))
     split = int(np.searchsorted(p, threshold))
     sizes, means = _groups(p, split)
-    expected = _metrics(sizes, means, (sizes * means)[None], sizes[: _group_count(split)].sum())
+    expected = _metrics(sizes, means, (sizes * means)[None], split)
     # Within a group the rows differ a little; the means of these two know every row.
     expected["log_loss"] = np.array([-(p * np.log(p) + (1 - p) * np.log1p(-p)).mean()])
     expected["brier"] = np.array([(p * (1 - p)).mean()])
     rng = np.random.default_rng(seed)
     draws = rng.binomial(sizes, means, (_DRAWS, len(sizes))).astype(np.float64)
-    drawn = _metrics(sizes, means, draws, sizes[: _group_count(split)].sum())
+    drawn = _metrics(sizes, means, draws, split)
     found: dict[str, Estimate] = {}
     for name, values in drawn.items():
         known = values[~np.isnan(values)]
@@ -50,16 +50,12 @@ def promised_performance(probability: Floats, threshold: float, seed: int = 0) -
     return found
 
 
-def _group_count(rows: int) -> int:
-    return min(rows, _BINS)
-
-
 def _groups(p: Floats, split: int) -> tuple[NDArray[np.int64], Floats]:
     """Sizes and mean probabilities of groups of sorted rows; none crosses the threshold."""
     sizes: list[NDArray[np.int64]] = []
     means: list[Floats] = []
     for part in (p[:split], p[split:]):
-        groups = _group_count(len(part))
+        groups = min(len(part), _BINS)
         if not groups:
             continue
         edges = np.linspace(0, len(part), groups + 1).astype(np.int64)
@@ -70,7 +66,7 @@ def _groups(p: Floats, split: int) -> tuple[NDArray[np.int64], Floats]:
 
 
 def _metrics(sizes: NDArray[np.int64], means: Floats, converted: Floats, below: int) -> dict[str, Floats]:
-    """Metrics of each row of `converted` (draws, groups), groups in ascending order of their probability."""
+    """Metrics of each row of `converted` (draws, groups), groups by ascending probability."""
     n = float(sizes.sum())
     others = sizes - converted
     total = converted.sum(axis=1)

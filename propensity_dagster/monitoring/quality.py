@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.decisions import NEW_ROWS
-from propensity_dagster.data.lake import Home, Lake, publish_table
+from propensity_dagster.data.lake import Home, Lake, publish_table, read_rows
 from propensity_dagster.errors import DataContractError
 
 QUALITY = "quality"
@@ -90,8 +90,7 @@ def publish_quality(campaign: Campaign, snapshot: date, home: Home) -> QualityRe
 
 def read_quality(campaign: Campaign, snapshot: date, home: Home) -> list[dict[str, Any]]:
     """Rows of the `quality` of a snapshot; none before it was judged."""
-    file = home.lake(campaign.name).partition(QUALITY, "snapshot", snapshot)
-    return pq.read_table(file).to_pylist() if file.exists() else []
+    return read_rows(home.lake(campaign.name).partition(QUALITY, "snapshot", snapshot))
 
 
 def _judge(campaign: Campaign, lake: Lake, snapshot: date, day: date, table: _Table) -> list[dict[str, Any]]:

@@ -144,11 +144,29 @@ def score_violations(campaign: Campaign, snapshot: date, home: Home, engine: Eng
     return int(engine.arrow(table.aggregate(n=count_violations(table, contract).cast("int64")))["n"][0].as_py())
 
 
+def stamp_of(scores: Path) -> tuple[str, datetime] | None:
+    """Version of the model that gave a file of scores, and when; None where nobody was scored."""
+    for batch in pq.ParquetFile(scores).iter_batches(1, columns=["model_version", "scored_at"]):
+        return batch.column(0)[0].as_py(), batch.column(1)[0].as_py()
+    return None
+
+
 def version_of(scores: Path) -> str | None:
     """Version of the model that gave a file of scores; None where nobody was scored."""
-    for batch in pq.ParquetFile(scores).iter_batches(1, columns=["model_version"]):
-        return batch.column(0)[0].as_py()
-    return None
+    stamp = stamp_of(scores)
+    return stamp[0] if stamp else None
+
+
+def require_version(campaign: Campaign, snapshot: date, home: Home) -> str:
+    """Version of the model whose scores of a snapshot are in force.
+
+    Raises:
+        DataContractError: when the snapshot has not been scored, or has no rows.
+    """
+    version = version_of(home.lake(campaign.name).existing_partition(SCORES, "snapshot", snapshot))
+    if version is None:
+        raise DataContractError(f"{campaign.name}: snapshot {snapshot} has no scores: nobody was eligible")
+    return version
 
 
 def delivered_scores(campaign: Campaign, snapshot: date, home: Home) -> dict[str, Path]:
@@ -159,15 +177,12 @@ def delivered_scores(campaign: Campaign, snapshot: date, home: Home) -> dict[str
     Raises:
         DataContractError: when the snapshot has not been scored, or has no rows.
     """
+    version = require_version(campaign, snapshot, home)
     lake = home.lake(campaign.name)
-    current = lake.existing_partition(SCORES, "snapshot", snapshot)
-    version = version_of(current)
-    if version is None:
-        raise DataContractError(f"{campaign.name}: snapshot {snapshot} has no scores: nobody was eligible")
     replaced = lake.root.glob(f"{REPLACED}/version=*/snapshot={snapshot}/part.parquet")
     earlier = {str(version_of(file)): file for file in sorted(replaced, key=lambda f: f.stat().st_mtime_ns)}
     earlier.pop(version, None)
-    return {**earlier, version: current}
+    return {**earlier, version: lake.partition(SCORES, "snapshot", snapshot)}
 
 
 def _keep_replaced(campaign: Campaign, snapshot: date, version: str, home: Home) -> None:

@@ -35,7 +35,7 @@ from propensity_dagster.models.prior import LogOddsHistogram
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.registry.store import ModelStore, Version
 from propensity_dagster.reports.model_card import model_card
-from propensity_dagster.scoring.batch import PRIOR_SHIFT, SCORES
+from propensity_dagster.scoring.batch import PRIOR_SHIFT, SCORES, version_of
 from propensity_dagster.scoring.candidates import folds_of
 from propensity_dagster.serving.explanations import REASONS
 from propensity_dagster.serving.inputs import LARGEST
@@ -157,7 +157,7 @@ def _population(campaign: Campaign, model: FittedModel, version: str, home: Home
         features = lake.partition("features", "snapshot", snapshot)
         if not features.exists() or not file.metadata.num_rows:
             continue
-        if next(file.iter_batches(1, columns=["model_version"])).column(0)[0].as_py() != version:
+        if version_of(lake.partition(SCORES, "snapshot", snapshot)) != version:
             break  # an older one scored the newest snapshot: it is scored anew, below
         shift = float((file.schema_arrow.metadata or {}).get(PRIOR_SHIFT.encode(), b"0.0"))
         probabilities = file.read(["probability"])["probability"].to_numpy()
