@@ -28,6 +28,8 @@ champion_app = typer.Typer(help="The model that serves: who it is, how it got th
 app.add_typer(champion_app, name="champion")
 key_app = typer.Typer(help="API keys of the service. Without any, only this machine may call.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
+alerts_app = typer.Typer(help="What somebody was told, or should be, and to whom.", no_args_is_help=True)
+app.add_typer(alerts_app, name="alerts")
 
 DEFAULT_CAMPAIGN = "ecommerce_purchase"
 _DEFAULT = "PROPENSITY_DEFAULT_CAMPAIGN"
@@ -248,6 +250,50 @@ def champion_rollback(
 
     publish_release(chosen, Home.from_environment(), store)
     print(f"{chosen.name}: version {event.version} is the champion again; before: version {event.previous}")
+
+
+@alerts_app.command("list")
+def alerts_list(
+    campaign: Annotated[str | None, typer.Argument(metavar="CAMPAIGN", help="One campaign; all, if absent.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Those that are over too.")] = False,
+) -> None:
+    """Show open alerts, the newest first: what was found, why, and what to do."""
+    from propensity_dagster.monitoring.alerts import read_alerts
+
+    name = find_campaign(campaign).name if campaign else None
+    alerts = read_alerts(Home.from_environment(), name, only_open=not everything)
+    if not alerts:
+        print("nothing has been found" if everything else "no alert is open")
+        return
+    table = Table(show_lines=True)
+    for column in ("severity", "campaign", "since", "until", "found"):
+        table.add_column(column)
+    for alert in alerts:
+        found = alert.finding
+        until = alert.resolved_at[:10] if alert.resolved_at else "open"
+        words = (found.sentence, f"Probable cause: {found.cause}" if found.cause else "", found.advice)
+        table.add_row(
+            found.severity, alert.campaign, str(alert.snapshot), until, "\n".join(word for word in words if word)
+        )
+    _console().print(table)
+
+
+@alerts_app.command("test")
+def alerts_test() -> None:
+    """Send a test message to every channel of alerts/settings.yaml, and say which took it."""
+    from propensity_dagster.monitoring.alerts import read_settings, send, settings_file
+
+    home = Home.from_environment()
+    channels = read_settings(home).channels
+    if not channels:
+        raise ConfigError(f"{settings_file(home)}: there is no channel yet; docs/guide.md shows one")
+    failed = 0
+    for channel in channels:
+        error = send(channel, "Propensity: a test", "This channel is told of alerts. Nothing is wrong.")
+        failed += error is not None
+        print(f"{channel.name}: {error or 'sent'}")
+    if failed:
+        raise ConfigError(f"{failed} of {len(channels)} channels did not take the message")
 
 
 def main() -> None:

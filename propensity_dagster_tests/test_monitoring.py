@@ -40,20 +40,38 @@ SHAPES = [
 ]
 
 
+SHARES = [0.0, 0.0005, 0.02, 0.3, 0.5, 0.97]
+
+
 @pytest.mark.parametrize(("n", "m"), [(200, 200), (200, 400_000), (5_000, 20_000), (1_000_000, 1_000_000)])
 def test_equal_distributions_raise_no_alarm(n, m):
-    """At most 1% of snapshots of 20 columns: 0.5% are meant, and seven of 400 leave room for luck."""
+    """At most 1% of snapshots of 20 columns and 12 shares: 0.5% are meant, and seven of 400 leave room for luck."""
     rng = np.random.default_rng(n + m)
     shapes = [shape / shape.sum() for shape in SHAPES] * 4
+    shares = {f"share {i}": np.array([share, 1 - share]) for i, share in enumerate(SHARES * 2)}
     alarms = 0
     p_values: list[float] = []
     for _ in range(400):
-        counts = {str(i): (rng.multinomial(m, q), rng.multinomial(n, q)) for i, q in enumerate(shapes)}
-        found = judge_stability(counts)
+        drawn = {str(i): shape for i, shape in enumerate(shapes)} | shares
+        counts = {name: (rng.multinomial(m, q), rng.multinomial(n, q)) for name, q in drawn.items()}
+        found = judge_stability(counts, shares=list(shares))
         alarms += any(stability.severity != "none" for stability in found.values())
-        p_values += [stability.p_value for stability in found.values()]
+        p_values += [stability.p_value for name, stability in found.items() if name not in shares]
     assert alarms <= 7
     assert 0.0005 < np.mean(np.array(p_values) < 0.01) < 0.02, "the law of the index holds"
+
+
+@pytest.mark.parametrize(("n", "before", "after"), [(300, 0.0, 0.15), (1_000, 0.3, 0.45), (1_000_000, 0.02, 0.08)])
+def test_shares_that_changed_are_found(n, before, after):
+    """Rows gone missing, never seen or out of range in one of 80 shares, where 5% is the limit of what matters."""
+    rng = np.random.default_rng(n)
+    found = 0
+    for _ in range(40):
+        counts = {
+            str(i): (rng.multinomial(20_000, [0.1, 0.9]), rng.multinomial(n, [0.1, 0.9])) for i in range(79)
+        } | {"moved": (rng.multinomial(20_000, [before, 1 - before]), rng.multinomial(n, [after, 1 - after]))}  # fmt: skip
+        found += judge_stability(counts, shares=list(counts))["moved"].severity != "none"
+    assert found >= 38
 
 
 @pytest.mark.parametrize(("n", "shift"), [(1_000, 0.6), (20_000, 0.35), (1_000_000, 0.35)])
@@ -276,4 +294,5 @@ def test_a_hundred_rows_are_compared_and_none_is_no_zero(drifting):
     report, _, rows = drifting.run()
     assert report.rows == 99
     together = next(row for row in rows if row["measure"] == DOMAIN)
-    assert (together["value"], together["detail"]) == (None, "not compared: fewer than 100 customers on one side")
+    assert together["value"] is None
+    assert together["detail"].startswith("not compared: fewer than 100 rows on one side")

@@ -9,7 +9,6 @@ the row, so they are computed once (the idea of FastTreeSHAP v2, Yang 2021); a r
 # pyright: reportMissingParameterType=false
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from propensity_dagster.models.base import threads
 from propensity_dagster.models.calibration import Floats
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def tree_contributions(booster: Any, tables: TreeTables | None, X: Floats) -> tu
     """Base and contributions (n, p) by the tables, or without them by LightGBM itself."""
     if tables is not None:
         return tables.base, tables.contributions(X)
-    found = np.asarray(booster.predict(X, pred_contrib=True, num_threads=os.cpu_count()))
+    found = np.asarray(booster.predict(X, pred_contrib=True, num_threads=threads()))
     return float(found[0, -1]) if len(found) else 0.0, found[:, :-1]
 
 

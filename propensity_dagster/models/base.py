@@ -1,5 +1,6 @@
 """The protocol every model follows, and the fitted model: scorer, calibrator, contract."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,12 @@ class RfmColumns:
     def names(self) -> Sequence[str]:
         """Those that exist."""
         return [self.recency, self.frequency, *([self.monetary] if self.monetary else [])]
+
+
+def threads() -> int:
+    """As many as OMP_NUM_THREADS allows; without it, all cores."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return int(allowed) if allowed.isdigit() and int(allowed) else os.cpu_count() or 1
 
 
 def clipped_logit(p: Floats | float) -> Floats:

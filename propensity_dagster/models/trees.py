@@ -1,13 +1,12 @@
 """LightGBM, with its own handling of categories and missing values. Saved in LightGBM's text format."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from propensity_dagster.models.base import Fit
+from propensity_dagster.models.base import Fit, threads
 from propensity_dagster.models.calibration import Floats
 from propensity_dagster.models.dataset import Dataset
 
@@ -25,7 +24,7 @@ class TreesScorer:
 
     def log_odds(self, X: Floats) -> Floats:
         """Raw scores (n,)."""
-        return self.booster.predict(X, raw_score=True, num_threads=os.cpu_count())
+        return self.booster.predict(X, raw_score=True, num_threads=threads())
 
     def save(self, folder: Path) -> dict[str, Any]:
         """The text format holds 17 digits: what is loaded scores the same."""
@@ -105,7 +104,7 @@ class LightGBMEstimator:
             "seed": self.seed,
             "deterministic": True,
             "force_row_wise": True,
-            "num_threads": os.cpu_count(),
+            "num_threads": threads(),
             "verbosity": -1,
         }
 

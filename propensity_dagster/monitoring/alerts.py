@@ -201,13 +201,18 @@ def deliver_alerts(home: Home, now: datetime) -> DeliveryReport:
     return DeliveryReport(sent, failed, waiting)
 
 
+def settings_file(home: Home) -> Path:
+    """Where the channels of a home folder are written."""
+    return home.root / "alerts" / SETTINGS
+
+
 def read_settings(home: Home) -> AlertSettings:
     """The channels of a home folder; none without a file.
 
     Raises:
         ConfigError: naming the file, the key, and what is allowed.
     """
-    file = home.root / "alerts" / SETTINGS
+    file = settings_file(home)
     if not file.exists():
         return AlertSettings()
     try:

@@ -3,6 +3,9 @@
 If it cannot (an AUC near 0.5), the two are one population, however many columns there are (classifier two-sample test;
 Lopez-Paz and Oquab 2017). If it can, the columns it goes by are where they differ. It is judged out of fold, with all
 rows of a customer on one side, or it would know people rather than populations.
+
+Time alone tells rows apart: counts of all visits grow. Columns by which the oldest rows of the model can be told from
+its newest are left out, and what little the others say is carried on to tonight.
 """
 
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ from propensity_dagster.evaluation.metrics import Judged, Weighted, auc
 from propensity_dagster.evaluation.splits import TRAIN, hash_fractions
 from propensity_dagster.explain.population import sample_rows
 from propensity_dagster.features.snapshots import TRAINING_SET
-from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.base import FittedModel, threads
 from propensity_dagster.models.calibration import Floats
 from propensity_dagster.monitoring.stability import FALSE_ALARMS
 
@@ -32,6 +35,7 @@ columns that each moved a little add up."""
 _MIN_ROWS = 100
 _ROUNDS = 60
 _NAMED = 5
+_APART = 0.75
 _PARAMS: dict[str, Any] = {
     "objective": "binary", "num_leaves": 8, "learning_rate": 0.1, "min_data_in_leaf": 20, "feature_fraction": 0.8,
     "verbose": -1, "deterministic": True, "force_row_wise": True,
@@ -44,7 +48,7 @@ class Domain:
 
     Attributes:
         auc: out of fold; 0.5 is one population.
-        expected: the same between the oldest and the newest quarter of the model's own rows: time moves some columns.
+        expected: what time alone gives by tonight, at the pace of the model's own rows.
         p_value: how often chance alone gives as much, by the law of Mann and Whitney's statistic.
         columns: those the classifier goes by, with their share of its gain, the largest first.
     """
@@ -84,32 +88,66 @@ def read_reference(campaign: Campaign, home: Home, version: str) -> pa.Table | N
 
 
 def tell_apart(
-    campaign: Campaign, model: FittedModel, columns: Sequence[str], reference: pa.Table, current: pa.Table
+    campaign: Campaign, model: FittedModel, reference: pa.Table, current: pa.Table, pace: float
 ) -> Domain | None:
-    """Train the classifier on these columns of reference (m) and current rows (n); None where there are too few."""
-    if min(reference.num_rows, current.num_rows) < _MIN_ROWS or not columns:
+    """Train the classifier on reference (m) and current rows (n).
+
+    Args:
+        campaign: names the key.
+        model: names the features.
+        reference: a sample of the rows it learnt from.
+        current: tonight's.
+        pace: days from the middle of training to tonight, over the days that training spans.
+
+    Returns:
+        None where one side has fewer than a hundred rows, or no column stands still.
+    """
+    if min(reference.num_rows, current.num_rows) < _MIN_ROWS:
+        return None
+    columns, within = _standing(campaign, model, reference)
+    if not columns:
         return None
     found, gain, p_value = _classify(campaign, model, columns, reference, current)
-    return Domain(found, _within(campaign, model, columns, reference), p_value, _named(columns, gain))
+    return Domain(found, _carried_on(within, pace), p_value, _named(columns, gain))
 
 
-def _within(campaign: Campaign, model: FittedModel, columns: Sequence[str], reference: pa.Table) -> float:
-    """AUC between the oldest and the newest quarter of the reference's snapshots; 0.5 where there is only one."""
+def _standing(campaign: Campaign, model: FittedModel, reference: pa.Table) -> tuple[Sequence[str], float]:
+    """Columns by which the oldest and the newest quarter of the reference's snapshots are not told apart; the AUC.
+
+    Those that tell most are left out together, until the rest tells less than what would be a finding.
+    """
+    columns = model.contract.names
     if "snapshot" not in reference.column_names:
-        return 0.5
+        return columns, 0.5
     snapshot = reference["snapshot"].to_numpy()
     low, high = np.quantile(snapshot.astype("int64"), [0.25, 0.75]).astype(snapshot.dtype)
     older, newer = (reference.filter(pa.array(rows)) for rows in (snapshot <= low, snapshot >= high))
     if low >= high or min(older.num_rows, newer.num_rows) < _MIN_ROWS:
-        return 0.5
-    return _classify(campaign, model, columns, older, newer)[0]
+        return columns, 0.5
+    while columns:
+        within, gain, _ = _classify(campaign, model, columns, older, newer)
+        if within <= WARN:
+            return columns, within
+        columns = [name for name, of in zip(columns, gain, strict=True) if of < gain.max() / 2]
+    return columns, 0.5
+
+
+def _carried_on(within: float, pace: float) -> float:
+    """The AUC that time alone gives, if the distance that it stands for grows as it did.
+
+    Between two normal distributions d standard deviations apart the AUC is Phi(d / sqrt 2). The middles of the outer
+    quarters are three quarters of the span apart.
+    """
+    from scipy.stats import norm
+
+    return float(norm.cdf(norm.ppf(within) * pace / _APART)) if within > 0.5 else 0.5
 
 
 def _classify(
     campaign: Campaign, model: FittedModel, columns: Sequence[str], reference: pa.Table, current: pa.Table
 ) -> tuple[float, Floats, float]:
     """AUC out of fold, gain of each feature (p,), and the p-value of the AUC."""
-    chosen = [i for i, name in enumerate(model.contract.names) if name in columns]
+    chosen = [model.contract.names.index(name) for name in columns]
     X = np.concatenate([model.contract.encode(part)[:, chosen] for part in (reference, current)])
     categorical = [at for at, i in enumerate(chosen) if i in model.contract.categorical]
     y = np.repeat([0.0, 1.0], [reference.num_rows, current.num_rows])
@@ -119,7 +157,7 @@ def _classify(
     gain = np.zeros(X.shape[1])
     for held in (fold, ~fold):
         booster = _train(X[~held], y[~held], categorical, campaign.seed)
-        z[held] = booster.predict(X[held], raw_score=True, num_threads=0)
+        z[held] = booster.predict(X[held], raw_score=True, num_threads=threads())
         gain += booster.feature_importance("gain")
     found = float(auc(Weighted(Judged(z, y), np.ones((1, len(y)))))[0])
     # Snapshots repeat their customers, who count once. Taking one row of each would change the population: the newest
@@ -136,7 +174,7 @@ def _train(X: Floats, y: Floats, categorical: Sequence[int], seed: int) -> Any:
     import lightgbm
 
     data = lightgbm.Dataset(X, y, categorical_feature=list(categorical), free_raw_data=True)
-    return lightgbm.train({**_PARAMS, "seed": seed}, data, _ROUNDS)
+    return lightgbm.train({**_PARAMS, "seed": seed, "num_threads": threads()}, data, _ROUNDS)
 
 
 def _p_value(found: float, m: float, n: float) -> float:

@@ -8,7 +8,7 @@ Counting is done where the data are: one row of totals per table comes back, nev
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -29,7 +29,7 @@ from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.dataset import CATEGORY
 from propensity_dagster.models.population import Counts
 from propensity_dagster.monitoring.domain import read_reference, tell_apart
-from propensity_dagster.monitoring.stability import WARN, Stability, judge_stability
+from propensity_dagster.monitoring.stability import Stability, judge_stability
 from propensity_dagster.scoring.batch import SCORES, version_of
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ def publish_drift(
     reference = _Counted(population["rows"], trained, dict.fromkeys(now.outside, 0))
     expected = _expected(population, snapshot, model)
     rows = _compare(TRAINING, reference, population["independent"], now, model, expected)
-    still = [name for name in model.contract.names if expected.get((name, DISTRIBUTION), 0.0) <= WARN]
-    rows.append(_together(campaign, model, version, features, still, home))
+    rows.append(_together(campaign, model, version, features, _pace(population, snapshot, model), home))
     before = _previous(campaign, snapshot, version, home)
     if before is not None:
         earlier = _kept_counts(lake.partition(DRIFT, "snapshot", before[0]), version)
@@ -142,16 +141,17 @@ def read_drift(campaign: Campaign, snapshot: date, home: Home) -> list[dict[str,
 
 
 def _together(
-    campaign: Campaign, model: FittedModel, version: str, features: Path, still: Sequence[str], home: Home
+    campaign: Campaign, model: FittedModel, version: str, features: Path, pace: float, home: Home
 ) -> dict[str, Any]:
-    """The row of the domain classifier, over the columns that do not move by themselves."""
+    """The row of the domain classifier."""
     row = {"against": TRAINING, "column": TOGETHER, "measure": DOMAIN, "usual": 0.5, "severity": "none"}
     reference = read_reference(campaign, home, version)
     if reference is None:
         return {**row, "detail": f"not compared: version {version} was registered before its training rows were kept"}
-    found = tell_apart(campaign, model, still, reference, sample_file(features, [campaign.key, *model.contract.names]))
+    current = sample_file(features, [campaign.key, *model.contract.names])
+    found = tell_apart(campaign, model, reference, current, pace)
     if found is None:
-        return {**row, "detail": "not compared: fewer than 100 customers on one side"}
+        return {**row, "detail": "not compared: fewer than 100 rows on one side, or every column moves by itself"}
     words = ", ".join(f"{name} {share:.0%}" for name, share in found.columns)
     row["usual"] = found.expected
     return {**row, "value": found.auc, "p_value": found.p_value, "severity": found.severity, "detail": words}

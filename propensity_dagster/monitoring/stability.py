@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2, false_discovery_control
+from scipy.stats import chi2, false_discovery_control, fisher_exact
 
 from propensity_dagster.models.population import SMOOTHING, Counts, index_terms
 
@@ -73,7 +73,10 @@ def judge_stability(
     Returns:
         A judgement per column. Under equal distributions the chance that any column is not "none" is at most 0.5%.
     """
-    tested = {name: _tested(reference, current, reference_size) for name, (reference, current) in counts.items()}
+    tested = {
+        name: (_tested_share if name in shares else _tested)(reference, current, reference_size)
+        for name, (reference, current) in counts.items()
+    }
     adjusted = false_discovery_control([p for _, p in tested.values()]) if tested else []
     found: dict[K, Stability] = {}
     for (name, (reference, current)), beyond in zip(counts.items(), adjusted, strict=True):
@@ -114,6 +117,14 @@ def _tested(reference: Counts, current: Counts, reference_size: float | None) ->
     p, q = (b + SMOOTHING) / (n + SMOOTHING * size), (a + SMOOTHING) / (a.sum() + SMOOTHING * size)
     statistic = float(((p - q) * np.log(p / q)).sum()) / scale
     return scale * (size - 1), float(chi2.sf(statistic, size - 1))
+
+
+def _tested_share(reference: Counts, current: Counts, reference_size: float | None) -> tuple[float, float]:
+    """The same of two buckets, by Fisher's exact test: a share that was zero until now has no large sample."""
+    m = float(reference.sum())
+    known = reference * min(reference_size / m, 1.0) if reference_size and m else reference
+    table = np.array([known.round(), current], dtype=np.int64)
+    return 0.0, float(fisher_exact(table).pvalue)
 
 
 def _pool(expected: Sequence[float] | NDArray[np.float64]) -> NDArray[np.int64]:
