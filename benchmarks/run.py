@@ -37,7 +37,7 @@ from propensity_dagster.models.network import NeuralNetworkEstimator
 from propensity_dagster.models.population import describe_population, number_buckets
 from propensity_dagster.models.saved import load_model, write_model
 from propensity_dagster.models.trees import LightGBMEstimator
-from propensity_dagster.monitoring.domain import REFERENCE
+from propensity_dagster.monitoring.domain import keep_reference
 from propensity_dagster.monitoring.drift import publish_drift
 from propensity_dagster.monitoring.stability import stability_index
 from propensity_dagster.synthetic import open_world
@@ -165,7 +165,8 @@ def make_drift_home(folder: str) -> None:
     model = FittedModel("logistic_regression", train.contract, fit.scorer, Calibrator(), facts)
     write_model(model, Path(folder) / "model")
     lake = home.lake(campaign.name)
-    publish_table(table.slice(0, 20_000), lake.partition(REFERENCE, "version", "1"))
+    publish_table(table.append_column("split", pa.array(["train"] * len(table))), lake.file("training_set"))
+    keep_reference(campaign, model, "1", home)
     files = [lake.partition(name, "snapshot", DRIFT_SNAPSHOT) for name in ("features", "scores")]
     for file in files:
         file.parent.mkdir(parents=True)

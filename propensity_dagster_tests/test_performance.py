@@ -13,6 +13,7 @@ from propensity_dagster.data.decisions import ingest_decisions, publish_new_rows
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.features.past_decisions import publish_decision_training_set
+from propensity_dagster.models.saved import load_model
 from propensity_dagster.monitoring.domain import keep_reference
 from propensity_dagster.monitoring.drift import publish_drift, read_drift
 from propensity_dagster.monitoring.findings import drift_findings, performance_findings
@@ -114,7 +115,7 @@ class Bank:
         record = {**judged.record, "decision": {**judged.record["decision"], "promoted": True}}
         folder = self.home.candidates("bank") / record["challenger"]
         promote_if_decided(self.campaign, record, folder, self.home.reports("bank"), self.store)
-        keep_reference(self.campaign, self.home, "1")
+        keep_reference(self.campaign, load_model(folder), "1", self.home)
 
     def night(self, k):
         """Score the next calls; then they are made, and their outcomes are known. Returns the snapshot."""

@@ -100,8 +100,8 @@ class Nights:
         folder, reports = home.candidates(campaign.name) / judged.record["challenger"], home.reports(campaign.name)
         done = promote_if_decided(campaign, judged.record, folder, reports, self.store)
         assert done.promoted, done.sentence
-        keep_reference(campaign, home, done.challenger_version)
         version, model = require_champion(campaign, self.store)
+        keep_reference(campaign, model, version, home)
         explain_model(campaign, model, version, "champion", home)
 
     def score(self, snapshot: date) -> None:

@@ -37,6 +37,7 @@ from propensity_dagster.features.snapshots import (
     publish_labels,
     publish_training_set,
 )
+from propensity_dagster.models.saved import load_model
 from propensity_dagster.models.training import BASELINE, ENSEMBLE
 from propensity_dagster.monitoring.domain import keep_reference
 from propensity_dagster.reports.model_card import publish_model_card
@@ -309,7 +310,7 @@ def _champion(campaign: Campaign) -> dg.AssetsDefinition:
         record, reports = read_evaluation(campaign, runtime.home), runtime.home.reports(campaign.name)
         folder = runtime.home.candidates(campaign.name) / record["challenger"]
         decision = promote_if_decided(campaign, record, folder, reports, runtime.store)
-        keep_reference(campaign, runtime.home, decision.challenger_version)
+        keep_reference(campaign, load_model(folder), decision.challenger_version, runtime.home)
         release = publish_release(campaign, runtime.home, runtime.store)
         return dg.MaterializeResult(
             metadata={

@@ -8,6 +8,7 @@ Time alone tells rows apart: counts of all visits grow. Columns by which the old
 its newest are left out, and what little the others say is carried on to tonight.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from propensity_dagster.evaluation.metrics import Judged, Weighted, auc
 from propensity_dagster.evaluation.splits import TRAIN, hash_fractions
 from propensity_dagster.explain.population import sample_rows
 from propensity_dagster.features.snapshots import TRAINING_SET
-from propensity_dagster.models.base import FittedModel, threads
+from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.calibration import Floats
 from propensity_dagster.monitoring.stability import FALSE_ALARMS
 
@@ -36,9 +37,12 @@ _MIN_ROWS = 100
 _ROUNDS = 60
 _NAMED = 5
 _APART = 0.75
+_STANDING = "standing"
 _PARAMS: dict[str, Any] = {
     "objective": "binary", "num_leaves": 8, "learning_rate": 0.1, "min_data_in_leaf": 20, "feature_fraction": 0.8,
     "verbose": -1, "deterministic": True, "force_row_wise": True,
+    # So few rows gain nothing from a second thread, and beside other campaigns' nights threads wait for each other.
+    "num_threads": 1,
 }  # fmt: skip
 
 
@@ -66,12 +70,17 @@ class Domain:
         return "alert" if self.auc > ALERT else "warn" if self.auc > WARN else "none"
 
 
-def keep_reference(campaign: Campaign, home: Home, version: str) -> None:
-    """Keep a sample of the rows that a version learnt from: later training sets replace the one it has."""
+def keep_reference(campaign: Campaign, model: FittedModel, version: str, home: Home) -> None:
+    """Keep a sample of the rows that a version learnt from, and which columns stand still in it.
+
+    Later training sets replace the one it learnt from.
+    """
     lake = home.lake(campaign.name)
     file = pq.ParquetFile(lake.existing(TRAINING_SET))
     sample = sample_rows((_training_rows(b) for b in file.iter_batches()), file.metadata.num_rows)
-    publish_table(sample, lake.partition(REFERENCE, "version", version))
+    columns, within = _standing(campaign, model, sample)
+    stated = json.dumps({"columns": list(columns), "within": within})
+    publish_table(sample.replace_schema_metadata({_STANDING: stated}), lake.partition(REFERENCE, "version", version))
 
 
 def inherit_reference(campaign: Campaign, parent: str, version: str, home: Home) -> None:
@@ -84,7 +93,8 @@ def inherit_reference(campaign: Campaign, parent: str, version: str, home: Home)
 def read_reference(campaign: Campaign, home: Home, version: str) -> pa.Table | None:
     """The sample kept for a version; None where there is none."""
     file = home.lake(campaign.name).partition(REFERENCE, "version", version)
-    return pq.read_table(file) if file.exists() else None
+    sample = pq.read_table(file) if file.exists() else None
+    return sample if sample is not None and _STANDING.encode() in (sample.schema.metadata or {}) else None
 
 
 def tell_apart(
@@ -95,7 +105,7 @@ def tell_apart(
     Args:
         campaign: names the key.
         model: names the features.
-        reference: a sample of the rows it learnt from.
+        reference: a sample of the rows it learnt from, as it was kept.
         current: tonight's.
         pace: days from the middle of training to tonight, over the days that training spans.
 
@@ -104,11 +114,12 @@ def tell_apart(
     """
     if min(reference.num_rows, current.num_rows) < _MIN_ROWS:
         return None
-    columns, within = _standing(campaign, model, reference)
+    standing = json.loads(reference.schema.metadata[_STANDING.encode()])
+    columns = standing["columns"]
     if not columns:
         return None
     found, gain, p_value = _classify(campaign, model, columns, reference, current)
-    return Domain(found, _carried_on(within, pace), p_value, _named(columns, gain))
+    return Domain(found, _carried_on(standing["within"], pace), p_value, _named(columns, gain))
 
 
 def _standing(campaign: Campaign, model: FittedModel, reference: pa.Table) -> tuple[Sequence[str], float]:
@@ -157,7 +168,7 @@ def _classify(
     gain = np.zeros(X.shape[1])
     for held in (fold, ~fold):
         booster = _train(X[~held], y[~held], categorical, campaign.seed)
-        z[held] = booster.predict(X[held], raw_score=True, num_threads=threads())
+        z[held] = booster.predict(X[held], raw_score=True, num_threads=1)
         gain += booster.feature_importance("gain")
     found = float(auc(Weighted(Judged(z, y), np.ones((1, len(y)))))[0])
     # Snapshots repeat their customers, who count once. Taking one row of each would change the population: the newest
@@ -174,7 +185,7 @@ def _train(X: Floats, y: Floats, categorical: Sequence[int], seed: int) -> Any:
     import lightgbm
 
     data = lightgbm.Dataset(X, y, categorical_feature=list(categorical), free_raw_data=True)
-    return lightgbm.train({**_PARAMS, "seed": seed, "num_threads": threads()}, data, _ROUNDS)
+    return lightgbm.train({**_PARAMS, "seed": seed}, data, _ROUNDS)
 
 
 def _p_value(found: float, m: float, n: float) -> float:

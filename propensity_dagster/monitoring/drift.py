@@ -208,12 +208,14 @@ def _count(features: Path, scores: Path, model: FittedModel, population: Mapping
 
 
 def _number_totals(column: Any, known: Mapping[str, Any], name: str) -> dict[str, Any]:
-    there = column.notnull() & ~column.isnan()
-    totals = {f"present_{name}": there.sum()}
+    # No comparison holds for a null, nor one from below for a NaN, which every engine sorts last: asking each time
+    # whether the value is there would double the work.
+    totals = {f"present_{name}": (column.notnull() & ~column.isnan()).sum()}
     for k, edge in enumerate(known["edges"]):
-        totals[f"upto_{name}_{k}"] = (there & (column <= edge)).sum()
+        totals[f"upto_{name}_{k}"] = (column <= edge).sum()
     if known["lowest"] is not None:
-        totals[f"outside_{name}"] = (there & ((column < known["lowest"]) | (column > known["highest"]))).sum()
+        totals[f"below_{name}"] = (column < known["lowest"]).sum()
+        totals[f"inside_{name}"] = (column <= known["highest"]).sum()
     return totals
 
 
@@ -221,7 +223,9 @@ def _number_counts(found: Mapping[str, Any], known: Mapping[str, Any], name: str
     present = found[f"present_{name}"] or 0
     upto = [found[f"upto_{name}_{k}"] or 0 for k in range(len(known["edges"]))]
     counts = np.append(np.diff(upto, prepend=0, append=present), rows - present)
-    return counts.astype(np.int64), found.get(f"outside_{name}") or 0
+    below, inside = (found.get(f"{part}_{name}") for part in ("below", "inside"))
+    outside = 0 if inside is None else (below or 0) + present - inside
+    return counts.astype(np.int64), outside
 
 
 def _category_counts(table: Any, spec: Any, present: int, rows: int, engine: Engine) -> Counts:

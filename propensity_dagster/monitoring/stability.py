@@ -10,7 +10,7 @@ Belongs here: counts in, judgement out. Does not: reading data, alerts.
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +124,8 @@ def _tested_share(reference: Counts, current: Counts, reference_size: float | No
     m = float(reference.sum())
     known = reference * min(reference_size / m, 1.0) if reference_size and m else reference
     table = np.array([known.round(), current], dtype=np.int64)
-    return 0.0, float(fisher_exact(table).pvalue)
+    p_value: Any = fisher_exact(table)[1]
+    return 0.0, float(p_value)
 
 
 def _pool(expected: Sequence[float] | NDArray[np.float64]) -> NDArray[np.int64]:
