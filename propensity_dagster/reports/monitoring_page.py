@@ -115,6 +115,13 @@ def _dates(axes: Any, days: Sequence[date]) -> Any:
     return np.array([at[day] for day in days])
 
 
+def _legend(axes: Any) -> None:
+    """Above what is drawn, not over it."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.3 if axes.get_yscale() == "log" else high + 0.3 * (high - low))
+    axes.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
+
+
 def _draw_scores(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     newest = list({row["snapshot"]: row for row in rows}.values())
     x = _dates(axes, [row["snapshot"] for row in newest])
@@ -125,7 +132,7 @@ def _draw_scores(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set(ylabel="probability (%)", title="Scores of each snapshot")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _draw_conversions(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -139,7 +146,7 @@ def _draw_conversions(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.plot(x[at], [rows[i]["converted"] for i in at], marker, color="#D55E00", markersize=5, label=words)
     axes.set_ylim(bottom=0)
     axes.set(ylabel="conversions", title="Promised and happened")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _draw_ratio(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -172,7 +179,7 @@ def _draw_ranking(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             label="happened",
         )  # fmt: skip
     axes.set(ylabel="AUC", title="Ranking")
-    axes.legend(frameon=False, fontsize=8)
+    _legend(axes)
 
 
 def _draw_drift(axes: Any, drift: Mapping[date, Sequence[Mapping[str, Any]]], columns: Sequence[str]) -> None:
@@ -192,7 +199,7 @@ def _draw_drift(axes: Any, drift: Mapping[date, Sequence[Mapping[str, Any]]], co
         axes.text(j, i, mark, ha="center", va="center", color="#D55E00", fontsize=7)
     axes.set_yticks(range(len(columns)), [c.replace("_", " ") for c in columns], fontsize=7)
     _dates(axes, days)
-    axes.set_title("Stability index (black: 0.5)  ■ alert  □ warning")
+    axes.set_title("Stability index (black: 0.5)  ■ alert  □ warning", loc="right")
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
 
@@ -213,4 +220,4 @@ def _draw_alerts(axes: Any, alerts: Sequence[Alert]) -> None:
     axes.set_yticks(range(len(words)), words, fontsize=7)
     axes.set_ylim(-0.7, len(words) - 0.3)
     _dates(axes, days)
-    axes.set_title("Alerts: ▸ still open; thick is an alert, thin a warning")
+    axes.set_title("Alerts: ▸ still open; thick is an alert, thin a warning", loc="right")
