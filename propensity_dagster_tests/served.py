@@ -1,13 +1,16 @@
-"""The real service, started as a user would and stopped with every child."""
+"""Real servers: the service, started as a user would and stopped with every child, and a webhook."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +121,30 @@ def wait_until(condition: Any, seconds: float = 10.0) -> Any:
             return found
         time.sleep(0.05)
     raise AssertionError("it did not happen in time")
+
+
+class Webhook:
+    """Keeps what it is sent; answers 500 while `down`."""
+
+    def __init__(self):
+        self.messages, self.down = [], False
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if not outer.down:
+                    outer.messages.append(body)
+                self.send_response(500 if outer.down else 200)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"json://127.0.0.1:{self.server.server_port}/"
+
+    @property
+    def titles(self):
+        return [message["title"] for message in self.messages]

@@ -1,10 +1,11 @@
 """Alerts: told once, told again when graver or over, never lost; to a real webhook and a real SMTP server."""
 
-import json
+import os
 import socketserver
+import subprocess
+import sys
 import threading
 from datetime import UTC, date, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
@@ -19,37 +20,11 @@ from propensity_dagster.monitoring.alerts import (
     record_findings,
 )
 from propensity_dagster.monitoring.findings import Finding
+from propensity_dagster_tests.served import Webhook
 
 NIGHT, NOW = date(2025, 3, 1), datetime(2025, 3, 1, 4, tzinfo=UTC)
 DRIFTED = Finding("drift", "age", "alert", "age moved", "it has 30% of the model's importance", "Ask.", {"value": 0.4})
 ODD = Finding("quality", "visits rows", "warn", "visits has 3 rows")
-
-
-class Webhook:
-    """Keeps what it is sent; answers 500 while `down`."""
-
-    def __init__(self):
-        self.messages, self.down = [], False
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if not outer.down:
-                    outer.messages.append(body)
-                self.send_response(500 if outer.down else 200)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"json://127.0.0.1:{self.server.server_port}/"
-
-    @property
-    def titles(self):
-        return [message["title"] for message in self.messages]
 
 
 class Mail(socketserver.StreamRequestHandler):
@@ -265,3 +240,28 @@ def test_a_wrong_address_stops_no_other_channel(home, webhook, url, error):
     report = deliver(home)
     assert report.sent == 1
     assert error in report.failed["wrong"]
+
+
+def test_the_command_line_lists_alerts_and_tries_channels(home, webhook):
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "propensity_dagster.cli", "alerts", *arguments],
+            capture_output=True, text=True, check=False, timeout=60,
+            env={**os.environ, "PROPENSITY_HOME": str(home.root), "COLUMNS": "110"},
+        )  # fmt: skip
+
+    assert run("list").stdout == "no alert is open\n"
+    nobody = run("test")
+    assert (nobody.returncode, "there is no channel yet" in nobody.stderr) == (1, True)
+    night(home, DRIFTED, ODD)
+    night(home, ODD, day=1)
+    shown = run("list").stdout
+    assert "visits has 3 rows" in shown
+    assert "age moved" not in shown
+    assert "age moved" in run("list", "--all").stdout
+    channels(home, {"name": "team", "url": webhook.url}, {"name": "wrong", "url": "nonsense"})
+    tried = run("test")
+    assert tried.returncode == 1
+    assert "team: sent" in tried.stdout
+    assert "1 of 2 channels did not take the message" in tried.stderr
+    assert webhook.titles == ["Propensity: a test"]

@@ -6,12 +6,17 @@ import subprocess
 import sys
 import time
 import urllib.request
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
 
+from propensity_dagster.data.lake import Home
+from propensity_dagster.monitoring.alerts import raise_once
+from propensity_dagster.monitoring.findings import Finding
+
 from .conftest import SMALL
-from .served import free_port
+from .served import Webhook, free_port
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,11 +102,17 @@ def test_a_failing_asset_is_one_message(tmp_path):
 
 
 def test_the_ui_shows_what_the_demo_materialized(demo):
-    """`propensity dev` answers over HTTP: assets with materializations, schedules and sensors."""
+    """`propensity dev`: assets with materializations, schedules, and sensors whose daemon tells of an alert."""
     import json
     import signal
 
     home, file, _ = demo
+    hook = Webhook()
+    settings = Home(home).root / "alerts" / "settings.yaml"
+    settings.parent.mkdir(exist_ok=True)
+    settings.write_text(json.dumps({"channels": [{"name": "team", "url": hook.url}]}))
+    told = Finding("run", "a word", "alert", "the daemon is asked to tell this")
+    raise_once("small", date(2025, 1, 1), told, Home(home), datetime.now(UTC))
     port, reports = free_port(), free_port()
     environment = {**os.environ, "PROPENSITY_HOME": str(home), "PROPENSITY_CAMPAIGNS": str(file.parent)}
     server = subprocess.Popen(
@@ -153,7 +164,14 @@ def test_the_ui_shows_what_the_demo_materialized(demo):
         assert len(repository["sensors"]) == 7
         page = urllib.request.urlopen(f"http://127.0.0.1:{reports}/small/report.html", timeout=10).read()
         assert page == (home / "reports" / "small" / "report.html").read_bytes()
+        for _ in range(120):
+            if hook.messages:
+                break
+            time.sleep(1)
+        assert any(told.sentence in message["message"] for message in hook.messages)
     finally:
+        hook.server.shutdown()
+        hook.server.server_close()
         server.send_signal(signal.SIGINT)
         server.wait(timeout=60)  # Dagster's processes, which have a session of their own, have ended before
 
@@ -195,5 +213,5 @@ def test_every_command_of_the_readme_exists(command):
         files = [w for w in words[1:] if w.endswith(".yaml")]
         written = [f for f in files if f.startswith("campaigns/")]  # test_draft.py types those commands
         assert all((ROOT / f).exists() for f in files if f not in written)
-        checked = [*PROPENSITY, *known[: 2 if known[0] == "champion" else 1], "--help"]
+        checked = [*PROPENSITY, *known[: 2 if known[0] in ("champion", "alerts") else 1], "--help"]
     subprocess.run(checked, cwd=ROOT, check=True, capture_output=True)
