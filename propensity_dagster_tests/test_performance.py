@@ -173,6 +173,13 @@ def test_recalibration_beats_the_stale_model_on_the_real_nights_that_follow(bank
         for row in read_ledger(later.campaign, later.home):
             if row["snapshot"] == snapshot:
                 losses[row["model_version"]].append(row["realised_log_loss"])
-    # The stale model's loss on these very nights, from its first scores, was seen to be 1.06 to 1.60.
     assert len(losses[fresh_version]) == CHUNKS - 4
     assert not losses[stale_version]
+    later.store.roll_back("bank", None, "to see what it would have said")
+    assert later.night(CHUNKS - 1) == snapshot
+    rows = read_ledger(later.campaign, later.home)
+    last = {row["model_version"]: row for row in rows if row["snapshot"] == snapshot}
+    assert last.keys() == {stale_version, fresh_version}, "both were delivered"
+    assert last[fresh_version]["realised_log_loss"] < last[stale_version]["realised_log_loss"]
+    assert {row["model_version"] for row in read_drift(later.campaign, snapshot, later.home)} == {stale_version}
+    assert due_act(later.campaign, later.home, later.store, date(2025, 1, 1), None)[1] == stale_version
