@@ -17,6 +17,7 @@ from propensity_dagster.campaign_sections import (
     Attribute,
     Candidate,
     ColumnOutcome,
+    Contacts,
     Eligibility,
     EventSource,
     Explanations,
@@ -66,6 +67,7 @@ class Campaign(Frozen):
     search: Search | None = None
     prior: Prior = Prior()
     value: Value = Value()
+    contacts: Contacts = Contacts()
     segments: tuple[str, ...] = ()
     tiers: Tiers = Tiers()
     holdout: Holdout = Holdout()
@@ -155,6 +157,8 @@ class EventCampaign(Campaign):
             require_known("eligibility.streams", name, streams)
         for name in self.segments:
             require_known("segments", name, self.attributes)
+        for limit in self.contacts.limits:
+            require_known("contacts.limits", limit.segment, self.attributes)
         for name in self.monitoring.min_rows:
             require_known("monitoring.min_rows", name, streams)
         if self.outcome.minimum_amount is not None and streams[self.outcome.stream].amount is None:

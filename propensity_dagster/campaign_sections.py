@@ -321,11 +321,42 @@ class Candidate(Frozen):
 
 
 class Value(Frozen):
-    """Money of one contact and one conversion, in the campaign's currency; capacity is people per snapshot."""
+    """Money of one contact and one conversion, in the campaign's currency; capacity and budget are per snapshot."""
 
     margin_per_conversion: Annotated[float, Field(ge=0)] = 1.0
     cost_per_contact: Annotated[float, Field(ge=0)] = 0.0
     capacity: Positive | None = None
+    budget: Annotated[float, Field(ge=0)] | None = None
+
+
+class ContactChannel(Frozen):
+    """What one contact costs, and how many there may be."""
+
+    cost: Annotated[float, Field(ge=0)]
+    capacity: NonNegative | None = None
+
+
+class ContactLimit(Frozen):
+    """How many customers with this `value` of a `segment` are contacted at least and at most."""
+
+    segment: str
+    value: str
+    minimum: NonNegative = 0
+    maximum: NonNegative | None = None
+
+
+class Contacts(Frozen):
+    """Ways to contact customers, instead of `value.cost_per_contact`, and limits by segment."""
+
+    channels: dict[Identifier, ContactChannel] = {}
+    limits: tuple[ContactLimit, ...] = ()
+
+    @field_validator("channels", mode="before")
+    @classmethod
+    def _accept_costs(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"cost": c} if isinstance(c, int | float) else c for name, c in value.items()}
 
 
 class Tiers(Frozen):

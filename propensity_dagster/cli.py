@@ -69,6 +69,25 @@ def score(
 
 
 @app.command()
+def plan(
+    campaign: CampaignArgument = DEFAULT_CAMPAIGN,
+    snapshot: Annotated[str | None, typer.Option(metavar="DATE", help="Snapshot; the newest, if absent.")] = None,
+    capacity: Annotated[int | None, typer.Option(min=0, help="Contacts; the campaign file's, if absent.")] = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="Money; the campaign file's, if absent.")] = None,
+) -> None:
+    """Show whom of a scored snapshot it pays to contact, and what that is expected to earn. Contacts nobody."""
+    from propensity_dagster.reports.summary import newest_scores, print_plan
+    from propensity_dagster.scoring.contacts import plan_contacts
+
+    chosen, home = find_campaign(campaign), Home.from_environment()
+    newest = newest_scores(chosen, home)
+    if newest is None:
+        raise ConfigError(f"{chosen.name}: nothing has been scored yet; run propensity demo or propensity score first")
+    day = date.fromisoformat(_date(snapshot)) if snapshot else newest[0]
+    print_plan(chosen, plan_contacts(chosen, day, home, capacity, budget), _console())
+
+
+@app.command()
 def doctor(
     campaign: CampaignArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -6,6 +6,7 @@ PropensityError
 ├── DataContractError       data break what the campaign or a table promises
 │   └── LeakageError        something would see what could not have been known
 ├── InsufficientDataError   too little history, too few converters
+├── PlanError               the limits of a contact plan contradict each other
 ├── SavedModelError         a saved model is cut short, tampered with or unknown
 └── StorageError            the home folder cannot be written
 
@@ -35,6 +36,10 @@ class LeakageError(DataContractError):
 
 class InsufficientDataError(PropensityError):
     """Too little history, or too few converters, to learn or to judge."""
+
+
+class PlanError(PropensityError):
+    """The limits of a contact plan contradict each other."""
 
 
 class SavedModelError(PropensityError):

@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from propensity_dagster.campaign import SHIPPED, load_campaign
-from propensity_dagster.campaign_sections import Gate, Value
+from propensity_dagster.campaign_sections import Gate
 from propensity_dagster.errors import InsufficientDataError, LeakageError
 from propensity_dagster.evaluation.bootstrap import entity_weights, estimate, replicate_metrics
 from propensity_dagster.evaluation.evaluate import TestScores, evaluate
 from propensity_dagster.evaluation.gate import decide
 from propensity_dagster.evaluation.metrics import METRICS, Judged, Weighted, gains
 from propensity_dagster.evaluation.splits import plan_splits, require_out_of_time
-from propensity_dagster.evaluation.value import plan_contacts
 from propensity_dagster.reports.model_card import card_markdown, model_card
 
 CAMPAIGN = load_campaign(SHIPPED / "ecommerce_purchase.yaml")
@@ -321,18 +320,6 @@ def test_the_model_card_says_how_protected_groups_fare():
     assert row.split(" | ")[1:3] == ["10", "0"]
     assert "too few" in row
     assert "nan" not in text.lower().replace("finance", "")
-
-
-def test_whom_to_contact():
-    probability = np.array([0.5, 0.02, 0.3, 0.01, 0.1])
-    plan = plan_contacts(probability, Value(margin_per_conversion=10, cost_per_contact=1))
-    assert (plan.above_break_even, plan.contacted, plan.cut_off) == (2, 2, 0.3)  # 0.1 x 10 only pays its cost
-    assert plan.expected_profit.value == pytest.approx(0.8 * 10 - 2)
-    assert plan.expected_profit.low < plan.expected_profit.value < plan.expected_profit.high
-    assert plan_contacts(probability, Value(margin_per_conversion=10, cost_per_contact=1, capacity=1)).contacted == 1
-    nobody = plan_contacts(probability, Value(margin_per_conversion=1, cost_per_contact=2))
-    assert (nobody.contacted, nobody.expected_profit.value) == (0, 0)
-    assert plan_contacts(probability, Value(margin_per_conversion=0, cost_per_contact=1)).contacted == 0
 
 
 def test_a_day_is_a_day():

@@ -14,11 +14,11 @@ from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign
 from propensity_dagster.data.decisions import DECISIONS
 from propensity_dagster.data.lake import Home
 from propensity_dagster.evaluation.evaluate import ORACLE
-from propensity_dagster.evaluation.value import ContactPlan, plan_contacts
 from propensity_dagster.features.snapshots import SPLITS
 from propensity_dagster.models.training import BASELINE
 from propensity_dagster.scoring.batch import SCORES
 from propensity_dagster.scoring.candidates import read_evaluation
+from propensity_dagster.scoring.contacts import ContactPlan, describe_plan, plan_contacts
 
 _COLUMNS = {
     "log_loss": ("log loss", "{:.4f}"),
@@ -27,6 +27,7 @@ _COLUMNS = {
     "calibration_error": ("calibr.\nerror", "{:.4f}"),
     "top_decile_lift": ("top 10%\nlift", "{:.2f}"),
 }
+_SHOWN_GAP = 1e-5
 _NOTES = {"constant": "one score for all", BASELINE: "cells, no model", ORACLE: "best possible here"}
 
 
@@ -144,9 +145,7 @@ def _value(campaign: Campaign, home: Home, record: dict[str, Any]) -> list[Text]
                 "snapshots or a longer horizon help most; docs/guide.md explains the limits under `gate`."
             )
         ]
-    snapshot, file = found
-    plan = plan_contacts(pq.read_table(file, columns=["probability"])["probability"].to_numpy(), campaign.value)
-    return [Text(describe_plan(campaign, snapshot, plan))]
+    return [Text(describe_plan(campaign, plan_contacts(campaign, found[0], home)))]
 
 
 def newest_scores(campaign: Campaign, home: Home) -> tuple[date, Path] | None:
@@ -156,26 +155,28 @@ def newest_scores(campaign: Campaign, home: Home) -> tuple[date, Path] | None:
     return (scored[-1], lake.partition(SCORES, "snapshot", scored[-1])) if scored else None
 
 
-def describe_plan(campaign: Campaign, snapshot: date, plan: ContactPlan) -> str:
-    """Who is worth contacting, in words."""
-    value = campaign.value
-    if not plan.contacted:
-        return (
-            f"On {snapshot} nobody of {plan.scored:,} is worth a contact: a contact costs "
-            f"{value.cost_per_contact:g}, a conversion brings {value.margin_per_conversion:g}."
+def print_plan(campaign: Campaign, plan: ContactPlan, console: Console) -> None:
+    """Print what contacts are expected to earn, and what each limit costs."""
+    table = Table(title=f"{campaign.name}, snapshot {plan.snapshot}", title_justify="left", show_header=False)
+    sold, profit = plan.expected_conversions, plan.expected_profit
+    table.add_row("customers scored", f"{plan.scored:,}, {plan.above_break_even:,} would pay")
+    channels = ", ".join(f"{n:,} by {name}" for name, n in plan.by_channel.items()) if len(plan.by_channel) > 1 else ""
+    table.add_row("contacts", f"{plan.contacted:,}" + (f": {channels}" if channels else ""))
+    table.add_row("expected conversions", f"{sold.value:,.1f} ({sold.low:,.1f} to {sold.high:,.1f})")
+    table.add_row("cost", f"{plan.cost:,.2f}")
+    table.add_row("expected profit", f"{profit.value:,.2f} ({profit.low:,.2f} to {profit.high:,.2f})")
+    table.add_row("of as many at random", f"{plan.profit_of_random:,.2f}")
+    table.add_row("of contacting all", f"{plan.profit_of_contacting_all:,.2f}, without limits")
+    for name, price in plan.shadow_prices.items():
+        table.add_row(
+            f"limit: {name}", f"{'one less' if name.startswith('minimum') else 'one more'} earns {price:,.2f}"
         )
-    capped = ""
-    if plan.contacted < plan.above_break_even:
-        capped = f" within the capacity (down to {plan.cut_off:.2%}; {plan.above_break_even:,} would pay)"
-    profit, sold = plan.expected_profit, plan.expected_conversions
-    return (
-        f"On {snapshot} {plan.contacted:,} of {plan.scored:,} customers are worth contacting{capped}: at a margin "
-        f"of {value.margin_per_conversion:g} a contact for {value.cost_per_contact:g} pays above a probability of "
-        f"{plan.break_even_probability:.2%}. Expected: {sold.value:,.0f} conversions "
-        f"({sold.low:,.0f} to {sold.high:,.0f}) and a profit of {profit.value:,.0f} "
-        f"({profit.low:,.0f} to {profit.high:,.0f}); contacting all would bring "
-        f"{plan.profit_of_contacting_all:,.0f}."
-    )
+    if plan.gap > _SHOWN_GAP:
+        table.add_row("distance to the optimum", f"at most {plan.gap:.3%}")
+    console.print(table)
+    if not plan.contacted:
+        console.print(Text(describe_plan(campaign, plan)))
+    console.print(Text("Intervals hold 95% if the probabilities are right. Consent and holdout are not applied yet."))
 
 
 def _where(campaign: Campaign, home: Home) -> Table:
