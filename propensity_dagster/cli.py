@@ -276,11 +276,13 @@ def alerts_list(
     campaign: Annotated[str | None, typer.Argument(metavar="CAMPAIGN", help="One campaign; all, if absent.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Those that are over too.")] = False,
 ) -> None:
-    """Show open alerts, the newest first: what was found, why, and what to do."""
-    from propensity_dagster.monitoring.alerts import read_alerts
+    """Show open alerts, the gravest first: what was found, why, and what to do."""
+    from propensity_dagster.monitoring.alerts import read_alerts, read_settings, settings_file
 
+    home = Home.from_environment()
     name = find_campaign(campaign).name if campaign else None
-    alerts = read_alerts(Home.from_environment(), name, only_open=not everything)
+    alerts = read_alerts(home, name, only_open=not everything)
+    alerts.sort(key=lambda a: (a.resolved_at is not None, a.finding.severity != "alert"))
     if not alerts:
         print("nothing has been found" if everything else "no alert is open")
         return
@@ -295,6 +297,8 @@ def alerts_list(
             found.severity, alert.campaign, str(alert.snapshot), until, "\n".join(word for word in words if word)
         )
     _console().print(table)
+    if not read_settings(home).channels:
+        print(f"Nobody is told: {settings_file(home)} names no channel yet; docs/guide.md shows one.")
 
 
 @alerts_app.command("test")

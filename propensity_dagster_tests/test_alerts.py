@@ -82,7 +82,7 @@ def test_a_finding_is_told_once_and_its_end_too(home, webhook):
     assert night(home, DRIFTED, day=1) == [], "it lasts"
     assert deliver(home, 1).sent == 0
     (told,) = webhook.messages
-    assert told["title"] == "Propensity, shop: 1 alert"
+    assert (told["title"], told["type"]) == ("Propensity, shop: 1 alert", "failure")
     for words in (
         "ALERT shop, snapshot 2025-03-01, drift: age moved.",
         "Probable cause: it has 30%",
@@ -93,6 +93,7 @@ def test_a_finding_is_told_once_and_its_end_too(home, webhook):
     assert night(home, day=2) == ["resolved: drift: age"]
     assert deliver(home, 2).sent == 1
     assert "RESOLVED shop, snapshot 2025-03-03" in webhook.messages[-1]["message"]
+    assert webhook.messages[-1]["type"] == "success"
     (alert,) = read_alerts(home, "shop")
     assert (alert.snapshot, alert.last_snapshot) == (NIGHT, NIGHT + timedelta(days=1))
     assert alert.resolved_at

@@ -166,9 +166,9 @@ def test_counts_of_the_engine_are_those_by_hand(drifting):
 
 
 TROUBLE = {
-    "other units": ("visits_pages_sum_90d", lambda c: pc.multiply(c.cast(pa.float64()), 100.0), "tenth"),
+    "other units": ("visits_pages_sum_90d", lambda c: pc.multiply(c.cast(pa.float64()), 100.0), "above"),
     "gone missing": ("visits_count_30d", lambda c: pa.nulls(len(c), c.type), "missing"),
-    "all the same": ("age", lambda c: pa.array([30.0] * len(c), c.type), "tenth"),
+    "all the same": ("age", lambda c: pa.array([30.0] * len(c), c.type), "% now"),
     "new categories": ("country", lambda c: pa.array([f"new {i}" for i in range(len(c))], pa.string()), "unseen"),
     "one category": ("channel", lambda c: pa.array(["email"] * len(c), pa.string()), "search"),
 }

@@ -123,6 +123,13 @@ def test_every_kind_of_dirt_is_there(world):
 MISTAKES = [
     ("synthetic://casino", "unknown synthetic world 'casino'; allowed are ecommerce, saas, bank, outreach"),
     ("synthetic://ecommerce?people=3", "unknown option 'people'; allowed are customers, seed, days"),
+    ("synthetic://ecommerce?trouble=nonsense@2024-02-01", "unknown trouble 'nonsense'; allowed are units"),
+    ("synthetic://ecommerce?trouble=units@soon", "trouble must be KIND@DATE such as units@2025-03-01"),
+    (
+        "synthetic://ecommerce?trouble=units@2027-01-01",
+        "trouble units@2027-01-01 is outside the data, which go from 2024-01-01 to 2025-08-31",
+    ),
+    ("synthetic://saas?trouble=units@2024-02-01", "trouble is for ecommerce, not for saas"),
     ("synthetic://ecommerce?customers=many", "customers must be a positive whole number, got 'many'"),
     ("synthetic://ecommerce?days=0", "days must be a positive whole number, got '0'"),
 ]

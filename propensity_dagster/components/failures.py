@@ -54,10 +54,10 @@ def record_failures(context: dg.RunFailureSensorContext) -> None:
 )
 def deliver(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Send what is due; a channel that is down is tried again at a later pass."""
-    del context
     try:
         report = deliver_alerts(Home.from_environment(), datetime.now(UTC))
     except PropensityError as error:
+        context.log.error(f"nobody is told of any alert: {error}")
         return dg.SkipReason(str(error))
     failed = "".join(f"; {name}: {error}" for name, error in report.failed.items())
     return dg.SkipReason(f"{report.sent} messages sent, {report.waiting} events waiting{failed}")

@@ -187,7 +187,7 @@ def deliver_alerts(home: Home, now: datetime) -> DeliveryReport:
                 pending = _pending(db, channel, now)
             if not pending:
                 continue
-            error = send(channel, *_message(pending))
+            error = send(channel, *_message(pending), _kind(pending))
             with _open(home) as db:
                 _note(db, channel, pending, error, now)
             if error:
@@ -230,8 +230,15 @@ def read_settings(home: Home) -> AlertSettings:
     return settings
 
 
-def send(channel: Channel, title: str, body: str) -> str | None:
-    """Send one message; what went wrong, or None. The address is never told: it holds passwords."""
+def send(channel: Channel, title: str, body: str, kind: str = "info") -> str | None:
+    """Send one message; what went wrong, or None. The address is never told: it holds passwords.
+
+    Args:
+        channel: to whom.
+        title: of the message.
+        body: as plain text.
+        kind: "failure", "warning", "success" or "info", which services show as a colour or pass on.
+    """
     import apprise
 
     missing = [name for name in _VARIABLE.findall(channel.url) if name not in os.environ]
@@ -240,12 +247,17 @@ def send(channel: Channel, title: str, body: str) -> str | None:
     logging.getLogger("apprise").setLevel(logging.CRITICAL)  # it logs addresses
     service = apprise.Apprise()
     if not service.add(_VARIABLE.sub(lambda m: os.environ[m.group(1)], channel.url)):
-        return "its url is not an address that apprise knows: see the list of services in apprise's documentation"
+        return (
+            "its url is not an address that apprise knows, such as slack://..., mailto://... or, for a webhook, "
+            "json://host/path (jsons:// over TLS): https://github.com/caronc/apprise lists them"
+        )
     try:
-        done = service.notify(title=title, body=body, body_format=apprise.NotifyFormat.TEXT)
+        done = service.notify(
+            title=title, body=body, body_format=apprise.NotifyFormat.TEXT, notify_type=apprise.NotifyType(kind)
+        )
     except Exception as error:  # a plug-in may raise anything; the others must be told all the same
         return f"{type(error).__name__} while sending"
-    return None if done else "the service did not take the message"
+    return None if done else "the service did not take the message, or nobody answers at its address"
 
 
 def _raise(
@@ -372,6 +384,12 @@ def _message(pending: Sequence[dict[str, Any]]) -> tuple[str, str]:
         parts.append(f"and {len(ranked) - _SHOWN} more")
     parts += [f"{campaign}: {report_url(campaign, PAGE)}" for campaign in campaigns]
     return title, "\n\n".join(parts)
+
+
+def _kind(pending: Sequence[dict[str, Any]]) -> str:
+    """What the gravest of these is to a service."""
+    new = [p["finding"].severity for p in pending if p["kind"] != RESOLVED]
+    return "failure" if ALERT in new else "warning" if new else "success"
 
 
 def _paragraph(event: dict[str, Any]) -> str:

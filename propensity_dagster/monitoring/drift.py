@@ -8,7 +8,7 @@ Counting is done where the data are: one row of totals per table comes back, nev
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -285,6 +285,9 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Rows of the table: of each column its distribution, and shares of rows that are there at all."""
     kinds = {spec.name: spec for spec in model.contract.features}
+    population = model.facts["population"]
+    edges = {name: known.get("edges", ()) for name, known in population["features"].items()}
+    edges[SCORE] = population["scores"]["edges"]
     counts: dict[tuple[str, str], tuple[Counts, Counts]] = {}
     for name, buckets in now.buckets.items():
         before = reference.buckets[name]
@@ -307,7 +310,9 @@ def _compare(
             spec = kinds.get(name)
             category = spec is not None and spec.kind == CATEGORY
             row |= {"value": found.index, "usual": max(found.by_chance, expected.get((name, measure), 0.0))}
-            row["detail"] = _bucket(spec, found, len(buckets), category=category)
+            where = _bucket(spec, found.largest, edges[name], len(buckets)) if not category else _group(spec, found)
+            then, now_ = (counted[found.largest] / max(counted.sum(), 1) for counted in (before, buckets))
+            row["detail"] = f"{where}: {then:.1%} before, {now_:.1%} now"
         else:
             row |= {"value": buckets[0] / max(buckets.sum(), 1), "usual": before[0] / max(before.sum(), 1)}
             row["detail"] = ""
@@ -319,12 +324,19 @@ def _two(count: int, total: int) -> Counts:
     return np.array([count, total - count], dtype=np.int64)
 
 
-def _bucket(spec: Any, found: Stability, size: int, *, category: bool) -> str:
-    """The bucket that moved most, in words."""
-    place = found.largest
-    if category:
-        return [*spec.categories, "missing", "unseen"][place]
-    return "missing" if place == size - 1 else f"tenth {place + 1} of {size - 1}"
+def _group(spec: Any, found: Stability) -> str:
+    """The category that moved most."""
+    return [*spec.categories, "missing", "unseen"][found.largest]
+
+
+def _bucket(spec: Any, place: int, edges: Sequence[float], size: int) -> str:
+    """The values that moved most, in words; scores are kept as log-odds and shown as probabilities."""
+    if place == size - 1:
+        return "missing"
+    ends = [f"{edge:,.4g}" if spec is not None else f"{1 / (1 + np.exp(-edge)):.2%}" for edge in edges]
+    if place == 0:
+        return f"up to {ends[0]}" if ends else "any value"
+    return f"above {ends[-1]}" if place == len(ends) else f"above {ends[place - 1]} up to {ends[place]}"
 
 
 def _report(rows: list[dict[str, Any]], count: int, before: tuple[date, Path, Path] | None) -> DriftReport:

@@ -74,12 +74,14 @@ class Verdict:
 
 def drift_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """One finding per column that moved, the gravest first; and of scores and all columns together."""
-    found = [row for row in rows if row["severity"] == ALERT or (row["severity"] == WARN and not _is_minor(row))]
+    found = [row for row in rows if row["severity"] == ALERT or (row["severity"] == WARN and not is_minor(row))]
     cause = _cause(found)
     findings: list[Finding] = []
-    for column in dict.fromkeys(row["column"] for row in found):
+    columns = list(dict.fromkeys(row["column"] for row in found))
+    for column in columns:
         own = sorted((row for row in found if row["column"] == column), key=_gravity)
-        findings.append(_of_column(own[0], [*own[1:]], cause))
+        alike = sum(_log_of(other) == _log_of(column) for other in columns) - 1
+        findings.append(_of_column(own[0], [*own[1:]], cause, alike))
     return sorted(findings, key=lambda f: (f.severity != ALERT, -(f.numbers.get("importance") or 0.0)))
 
 
@@ -139,7 +141,7 @@ def verdict(findings: Sequence[Finding], waiting: str = "") -> Verdict:
         f for f in findings if f.severity == ALERT and (f.source != DRIFTING or f.subject == SCORE or heavy >= _HEAVY)
     ]
     if grave:
-        return Verdict("no", f"No: {grave[0].sentence}{_more(len(grave) - 1)}.")
+        return Verdict("no", f"No: {grave[0].sentence}{_more(len(findings) - 1)}.")
     if findings:
         return Verdict("with care", f"With care: {findings[0].sentence}{_more(len(findings) - 1)}.")
     words = "inputs, scores and data look as they did when the model was trained"
@@ -150,7 +152,7 @@ def _more(count: int) -> str:
     return f"; and {count} more finding{'s' if count > 1 else ''}" if count else ""
 
 
-def _is_minor(row: Mapping[str, Any]) -> bool:
+def is_minor(row: Mapping[str, Any]) -> bool:
     """Whether the model hardly looks at a column: a small change of it is in the table, and no finding."""
     return row["importance"] is not None and row["importance"] < _MINOR
 
@@ -167,7 +169,12 @@ def _cause(rows: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{name} ({share:.0%} of the importance)" for name, share in largest)
 
 
-def _of_column(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]], cause: str) -> Finding:
+def _log_of(column: str) -> str:
+    """The event log of a feature, by its name."""
+    return column.partition("_")[0]
+
+
+def _of_column(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]], cause: str, alike: int) -> Finding:
     column, measure, against = row["column"], row["measure"], row["against"]
     importance = row["importance"]
     severity = row["severity"]
@@ -187,23 +194,27 @@ def _of_column(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]], caus
         sentence = f"scores are distributed otherwise than at {since} (stability index {row['value']:.2f})"
         advice = "Check the columns named, then whether a cut-off or capacity still fits."
         return Finding(DRIFTING, SCORE, severity, sentence, f"drifted: {cause}" if cause else "", advice, numbers)
-    if _is_minor(row):
+    if is_minor(row):
         severity = WARN  # what hardly moves a score is no reason to wake anybody
     if measure == DISTRIBUTION:
         sentence = f"{column} moved since {since} (stability index {row['value']:.2f}, {_place(row['detail'])})"
     else:
         sentence = f"{column}: {row['value']:.1%} of the values are {measure}, {row['usual']:.1%} at {since}"
     also = [other["measure"] for other in others if other["measure"] != measure]
-    weight = f"it has {importance:.0%} of the model's importance" if importance is not None else ""
-    words = "; ".join(part for part in (weight, f"also: {', '.join(dict.fromkeys(also))}" if also else "") if part)
+    if importance is not None:
+        sentence += f"; it has {importance:.0%} of the model's importance"
+    together = (
+        f"{alike} more columns of {_log_of(column)} moved: what they all come from has changed" if alike > 1 else ""
+    )
+    words = "; ".join(part for part in (together, f"also: {', '.join(dict.fromkeys(also))}" if also else "") if part)
     advice = "Has its source, its unit or its meaning changed? Mend the source, or train again."
     return Finding(DRIFTING, column, severity, sentence, words, advice, numbers)
 
 
 def _place(detail: str) -> str:
     """Where it moved, without a value of a customer: a category's name may be one."""
-    known = ("tenth", "missing", "unseen")
-    return f"most in: {detail}" if detail.startswith(known) else "most in one of its categories"
+    known = ("above", "up to", "any value", "missing", "unseen")
+    return f"most: {detail}" if detail.startswith(known) else "most in one of its categories"
 
 
 def _of_table(campaign: Campaign, row: Mapping[str, Any]) -> Finding:

@@ -16,6 +16,10 @@ from propensity_dagster.data.lake import Home
 from propensity_dagster.evaluation.evaluate import ORACLE
 from propensity_dagster.features.snapshots import SPLITS
 from propensity_dagster.models.training import BASELINE
+from propensity_dagster.monitoring.alerts import PAGE
+from propensity_dagster.monitoring.drift import read_drift
+from propensity_dagster.monitoring.findings import snapshot_findings, verdict
+from propensity_dagster.monitoring.quality import read_quality
 from propensity_dagster.scoring.batch import SCORES
 from propensity_dagster.scoring.candidates import read_evaluation
 from propensity_dagster.scoring.contacts import ContactPlan, describe_plan, plan_contacts
@@ -145,7 +149,9 @@ def _value(campaign: Campaign, home: Home, record: dict[str, Any]) -> list[Text]
                 "snapshots or a longer horizon help most; docs/guide.md explains the limits under `gate`."
             )
         ]
-    return [Text(describe_plan(campaign, plan_contacts(campaign, found[0], home)))]
+    looked = read_quality(campaign, found[0], home) or read_drift(campaign, found[0], home)
+    answer = [Text(f"Should these scores be trusted? {verdict(snapshot_findings(campaign, found[0], home)).sentence}")]
+    return [*(answer if looked else []), Text(describe_plan(campaign, plan_contacts(campaign, found[0], home)))]
 
 
 def newest_scores(campaign: Campaign, home: Home) -> tuple[date, Path] | None:
@@ -190,6 +196,7 @@ def _where(campaign: Campaign, home: Home) -> Table:
         ("scores, with reasons", _short(found[1]) if found else "none"),
         *([("over HTTP", "make serve")] if found else []),
         ("the evaluation, a page", _short(reports / "report.html")),
+        *([("is it still right, a page", _short(reports / PAGE))] if (reports / PAGE).exists() else []),
         ("for whom, how good", _short(reports / "model_card.md")),
         ("every number", _short(reports / "evaluation.json")),
         *([("features explained", _short(reports / "features.md"))] if (reports / "features.md").exists() else []),

@@ -101,6 +101,12 @@ def open_world(connection: str, root: Path) -> SyntheticWorld:
             raise ConfigError(f"connection: {option} must be a positive whole number, got {value!r}")
         options[option] = int(value)
     config = WorldConfig(**options)
+    for kind, day in config.trouble:
+        if not config.first_day <= day <= config.last_day:
+            raise ConfigError(
+                f"connection: trouble {kind}@{day} is outside the data, which go from {config.first_day} to "
+                f"{config.last_day}"
+            )
     trouble = "".join(f"-{kind}-{day}" for kind, day in config.trouble)
     folder = root / f"{name}-{config.customers}-{config.days}d-seed{config.seed}{trouble}"
     return SyntheticWorld(name, config, folder)
