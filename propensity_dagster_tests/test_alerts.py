@@ -146,7 +146,7 @@ def test_nothing_is_lost_while_a_channel_is_down(home, webhook):
     night(home, DRIFTED)
     report = deliver(home)
     assert (report.sent, report.waiting) == (0, 1)
-    assert report.failed == {"team": "the service did not take the message"}
+    assert report.failed == {"team": "the service did not take the message, or nobody answers at its address"}
     assert deliver(home).failed == {}, "not before the pause is over"
     assert deliver(home, 0.1).failed, "tried again"
     webhook.down = False
