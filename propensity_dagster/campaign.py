@@ -264,7 +264,7 @@ def load_campaign(path: Path) -> Campaign:
     try:
         return shape.model_validate({**content, "file": path.resolve()})
     except ValidationError as error:
-        lines = [_explain(path, shape, problem) for problem in error.errors(include_url=False)]
+        lines = [explain_problem(path, shape, problem) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -335,7 +335,15 @@ def _candidate(item: object) -> object:
     return item
 
 
-def _explain(path: Path, shape: type[Campaign], problem: Any) -> str:
+def explain_problem(path: Path, shape: type[BaseModel], problem: Any) -> str:
+    """One of pydantic's problems with a file, in words: where, what came, what is allowed.
+
+    Args:
+        path: of the file.
+        shape: what the file should be.
+        problem: one of `ValidationError.errors()`. What came is not shown if it holds an address, which may hold a
+            password.
+    """
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         parent = problem["loc"][:-1]
@@ -348,12 +356,12 @@ def _explain(path: Path, shape: type[Campaign], problem: Any) -> str:
         return f"{path}: {where}: required key is missing"
     message = problem["msg"].removeprefix("Value error, ")
     got = problem["input"]
-    shows_input = "got" not in message and not isinstance(got, dict)
+    shows_input = "got" not in message and not isinstance(got, dict) and "://" not in str(got)
     prefix = f"{path}: {where}: " if where else f"{path}: "
     return prefix + message + (f", got {got!r}" if shows_input else "")
 
 
-def _allowed_keys(shape: type[Campaign], location: tuple[Any, ...]) -> list[str]:
+def _allowed_keys(shape: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys the model at this place of the file knows, or none where the place is free."""
     model: Any = shape
     for part in location:

@@ -213,8 +213,10 @@ def test_mail_arrives(home):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"channels": [{"name": "a", "url": "json://h", "severity": "alert"}]}, "channels.0.severity: Extra inputs"),
-        ({"channels": [{"name": "a", "url": "json://h", "severities": ["bad"]}]}, "channels.0.severities.0: Input should be 'alert' or 'warn'"),
+        ({"channels": [{"name": "a", "url": "json://h", "severity": "alert"}]}, "channels.0.severity: unknown key; did you mean 'severities'?; allowed are name, url"),
+        ({"channels": [{"name": "a", "url": "json://h", "severities": ["bad"]}]}, "channels.0.severities.0: Input should be 'alert' or 'warn', got 'bad'"),
+        ({"channels": "json://h"}, "channels: Input should be a valid tuple"),
+        ({"channels": [{"name": "a"}]}, "channels.0.url: required key is missing"),
         ({"channels": [{"name": "a", "url": "x"}, {"name": "a", "url": "y"}]}, "names must differ"),
     ],
 )  # fmt: skip
@@ -260,7 +262,7 @@ def test_the_command_line_lists_alerts_and_tries_channels(home, webhook):
     assert "visits has 3 rows" in shown
     assert "age moved" not in shown
     assert "age moved" in run("list", "--all").stdout
-    channels(home, {"name": "team", "url": webhook.url}, {"name": "wrong", "url": "nonsense"})
+    channels(home, {"name": "team", "url": webhook.url, "severities": "warn"}, {"name": "wrong", "url": "nonsense"})
     tried = run("test")
     assert tried.returncode == 1
     assert "team: sent" in tried.stdout

@@ -1,5 +1,6 @@
 """Drift: no false alarm at any size, real shifts found by name, counting in the engine equal to counting by hand."""
 
+import json
 import shutil
 from datetime import date, timedelta
 
@@ -25,6 +26,7 @@ from propensity_dagster.monitoring.drift import (
     publish_drift,
     read_drift,
 )
+from propensity_dagster.monitoring.findings import drift_findings
 from propensity_dagster.monitoring.stability import judge_stability, stability_index
 from propensity_dagster.registry.mlflow_store import MlflowStore
 from propensity_dagster.scoring.batch import delivered_scores
@@ -186,6 +188,17 @@ def test_trouble_is_named_and_nothing_else_is(drifting, trouble):
     assert any(words.startswith(f"{name} against training") for words in report.drifted)
     changed = {n for n in after if after[n]["value"] != pytest.approx(before[n]["value"])}
     assert changed == {name}
+
+
+def test_no_value_of_a_customer_is_in_a_finding(drifting):
+    drifting.replace("country", lambda c: pa.array([f"jane{i}@example.com" for i in range(len(c))], pa.string()))
+    drifting.replace("channel", lambda c: pa.array(["search"] * len(c), pa.string()))
+    _, _, rows = drifting.run()
+    words = json.dumps([finding.to_json() for finding in drift_findings(rows)])
+    assert "country" in words
+    assert "channel" in words
+    assert "jane" not in words
+    assert "search" not in words
 
 
 def test_a_hundred_thousand_categories(drifting):

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
+from propensity_dagster.campaign import explain_problem
 from propensity_dagster.campaign_sections import Frozen
 from propensity_dagster.data.lake import Home, locked
 from propensity_dagster.errors import ConfigError
@@ -76,6 +77,11 @@ class Channel(Frozen):
     cool_down_hours: Annotated[float, Field(ge=0)] = 24.0
     digest_hours: Annotated[float, Field(ge=0)] = 0.0
     resolved: bool = True
+
+    @field_validator("severities", "campaigns", mode="before")
+    @classmethod
+    def _accept_one(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
 
 class AlertSettings(Frozen):
@@ -221,8 +227,7 @@ def read_settings(home: Home) -> AlertSettings:
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        # Without what came: an address holds passwords.
-        lines = [f"{file}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False)]
+        lines = [explain_problem(file, AlertSettings, problem) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from None
     names = [channel.name for channel in settings.channels]
     if len(set(names)) != len(names):
