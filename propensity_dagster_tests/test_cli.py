@@ -79,6 +79,7 @@ def test_champion_commands(demo):
 MISTAKES = [
     (("demo", "no_such"), "error: there is no campaign 'no_such'; there are campaign_response, ecommerce_purchase"),
     (("demo", "no_such.yaml"), "error: no_such.yaml: cannot be read"),
+    (("plan",), "error: ecommerce_purchase: nothing has been scored yet"),
     (("champion", "show"), "error: ecommerce_purchase: no model has been registered yet"),
 ]
 

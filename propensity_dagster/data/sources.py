@@ -36,7 +36,7 @@ from propensity_dagster.data.files import files_in, read_files, require_distinct
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.remote import fetch
 from propensity_dagster.errors import ConfigError, DataContractError
-from propensity_dagster.synthetic import is_synthetic, open_world
+from propensity_dagster.synthetic import SyntheticWorld, is_synthetic, open_world
 
 _TYPES_TRIED = ("int64", "float64", "timestamp", "boolean")
 
@@ -47,11 +47,18 @@ def campaign_calendar(campaign: Campaign) -> Calendar:
     if isinstance(campaign, TableCampaign):
         return Calendar(campaign.source.first_day, None)
     if isinstance(campaign, EventCampaign) and is_synthetic(campaign.source.connection):
-        config = open_world(campaign.source.connection, Path()).config
+        config = _world(campaign, campaign.source.connection, Path()).config
         return Calendar(source.first_day or config.first_day, campaign.source.last_day or config.last_day)
     if source.first_day is None:
         raise ConfigError(f"{campaign.file}: source.first_day is required")
     return Calendar(source.first_day, getattr(source, "last_day", None))
+
+
+def _world(campaign: Campaign, connection: str, root: Path) -> SyntheticWorld:
+    try:
+        return open_world(connection, root)
+    except ConfigError as error:
+        raise ConfigError(f"{campaign.file}: source.{error}") from None
 
 
 def _named(campaign: Campaign) -> str:
@@ -68,7 +75,7 @@ def source_folder(campaign: Campaign, home: Home) -> Path | None:
     connection = source_connection(campaign)
     require_known_scheme(campaign, "source.connection", connection)
     if is_synthetic(connection):
-        world = open_world(connection, home.synthetic)
+        world = _world(campaign, connection, home.synthetic)
         home.synthetic.mkdir(parents=True, exist_ok=True)
         world.ensure()
         return world.tables
