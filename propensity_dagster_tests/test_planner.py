@@ -127,6 +127,10 @@ def test_nobody_is_contacted_below_break_even():
     found = plan(np.array([0.5, 0.01]), 1.0, [Channel("mail", 0.6)], Limits(capacity=10))
     assert (found.contacted, found.profit, found.cost) == (0, 0.0, 0.0)
     assert plan(np.empty(0), 1.0, [Channel("mail", 0.6)], Limits(capacity=10)).contacted == 0
+    nobody = SegmentLimit("DE", np.empty(0, bool), maximum=3)
+    assert plan(np.empty(0), 1.0, [Channel("mail", 0.6)], Limits(segments=[nobody])).contacted == 0
+    two = SegmentLimit("DE", np.ones(2, bool), maximum=1)
+    assert plan(np.ones(2), 1.0, [Channel("mail", 0.6)], Limits(segments=[two]), np.zeros((2, 1), bool)).contacted == 0
     assert plan(np.array([0.9]), 1.0, [Channel("mail", 0.1)], Limits(capacity=1), np.array([[False]])).contacted == 0
 
 

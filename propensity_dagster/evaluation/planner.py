@@ -304,6 +304,8 @@ def _relax(problem: _Problem) -> _Relaxed | None:
     who, how = np.nonzero(np.isfinite(problem.value))
     limits = _rows(problem, who, how)
     rows, room = limits, np.array(problem.limit)
+    if not len(who):  # the solver refuses a programme without variables
+        return _Relaxed(np.empty(0), who, how, np.zeros(len(room)), 0.0) if (room >= 0).all() else None
     if width > 1:
         rows, room = sparse.vstack([limits, _once(who, n)], format="csr"), np.concatenate([room, np.ones(n)])
     found = linprog(-problem.value[who, how], A_ub=rows, b_ub=room, bounds=(0, 1), method="highs")
