@@ -28,7 +28,7 @@ from propensity_dagster.campaign import find_campaign
 from propensity_dagster.components.automation import range_tags
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home, publish_table
-from propensity_dagster.evaluation.planner import Channel, Limits, SegmentLimit, plan
+from propensity_dagster.evaluation.planner import Channel, Limits, Plan, SegmentLimit, plan
 from propensity_dagster.explain.trees import build_tables, tree_contributions
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.calibration import Calibrator
@@ -238,8 +238,11 @@ def benchmark_plan() -> list[tuple[str, str]]:
     channels = [Channel("email", 0.05, n // 4), Channel("sms", 0.3), Channel("phone", 2.0)]
     segments = [SegmentLimit(str(k), segment == k, n // 50, n // 20) for k in range(5)]
     limits = Limits(n // 5, n * 0.06, segments)
-    took = median(seconds(lambda: plan(probability, 22.5, channels, limits, allowed)) for _ in range(ROUNDS))
-    gap = plan(probability, 22.5, channels, limits, allowed).gap
+    plans: list[Plan] = []
+    took = median(
+        seconds(lambda: plans.append(plan(probability, 22.5, channels, limits, allowed))) for _ in range(ROUNDS)
+    )
+    gap = plans[-1].gap
     return [
         (f"plan contacts of {n:,} customers, 3 channels, 13 limits", f"{took:.1f} s, within {gap:.1e} of the optimum")
     ]

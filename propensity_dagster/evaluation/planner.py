@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from propensity_dagster.errors import PlanError
-
-Floats = NDArray[np.float64]
+from propensity_dagster.evaluation.metrics import Floats
 
 NOBODY = -1
 
@@ -170,16 +169,17 @@ def plan(
     Raises:
         PlanError: when the limits contradict each other, naming them.
     """
-    everybody = _state(probability, margin, channels, limits, allowed)
-    free = np.flatnonzero(~held) if held is not None else np.arange(len(probability))
-    problem = everybody.part(free, np.array(everybody.limit))
+    everybody = problem = _state(probability, margin, channels, limits, allowed)
+    if held is not None:
+        problem = everybody.part(np.flatnonzero(~held), np.array(everybody.limit))
     costs = np.array([channel.cost for channel in channels])
     _require_possible(problem, limits, costs)
     chosen, prices = _greedy(problem, limits, channels) or _by_prices(problem)
     binding = {name: float(price) for name, price in zip(problem.names, prices, strict=True) if price > _CLOSE}
-    # Who is held would be contacted if what the others paid for the limits were still worth it.
-    channel, _ = _choices(everybody.reduced(prices))
-    channel[free] = chosen
+    channel = chosen
+    if held is not None:  # they would be contacted if what the others paid for the limits were still worth it
+        channel, _ = _choices(everybody.reduced(prices))
+        channel[~held] = chosen
     cost = float(costs[chosen[chosen != NOBODY]].sum())
     return Plan(channel, problem.profit(chosen), cost, problem.bound(prices), binding)
 

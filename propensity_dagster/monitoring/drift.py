@@ -18,6 +18,7 @@ import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import expit
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.engine import Engine
@@ -29,7 +30,7 @@ from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.dataset import CATEGORY
 from propensity_dagster.models.population import Counts
 from propensity_dagster.monitoring.domain import read_reference, tell_apart
-from propensity_dagster.monitoring.stability import Stability, judge_stability
+from propensity_dagster.monitoring.stability import judge_stability
 from propensity_dagster.scoring.batch import SCORES, version_of
 
 logger = logging.getLogger(__name__)
@@ -307,12 +308,10 @@ def _compare(
         row = {"against": against, "column": name, "measure": measure, "p_value": found.p_value}
         row["severity"] = found.severity
         if measure == DISTRIBUTION:
-            spec = kinds.get(name)
-            category = spec is not None and spec.kind == CATEGORY
             row |= {"value": found.index, "usual": max(found.by_chance, expected.get((name, measure), 0.0))}
-            where = _bucket(spec, found.largest, edges[name], len(buckets)) if not category else _group(spec, found)
-            then, now_ = (counted[found.largest] / max(counted.sum(), 1) for counted in (before, buckets))
-            row["detail"] = f"{where}: {then:.1%} before, {now_:.1%} now"
+            where = _bucket(kinds.get(name), edges[name], found.largest)
+            old, new = (counted[found.largest] / max(counted.sum(), 1) for counted in (before, buckets))
+            row["detail"] = f"{where}: {old:.1%} before, {new:.1%} now"
         else:
             row |= {"value": buckets[0] / max(buckets.sum(), 1), "usual": before[0] / max(before.sum(), 1)}
             row["detail"] = ""
@@ -324,16 +323,13 @@ def _two(count: int, total: int) -> Counts:
     return np.array([count, total - count], dtype=np.int64)
 
 
-def _group(spec: Any, found: Stability) -> str:
-    """The category that moved most."""
-    return [*spec.categories, "missing", "unseen"][found.largest]
-
-
-def _bucket(spec: Any, place: int, edges: Sequence[float], size: int) -> str:
-    """The values that moved most, in words; scores are kept as log-odds and shown as probabilities."""
-    if place == size - 1:
+def _bucket(spec: Any, edges: Sequence[float], place: int) -> str:
+    """The values in a bucket, in words. Scores, which have no spec, are kept as log-odds and shown as probabilities."""
+    if spec is not None and spec.kind == CATEGORY:
+        return [*spec.categories, "missing", "unseen"][place]
+    if place > len(edges):
         return "missing"
-    ends = [f"{edge:,.4g}" if spec is not None else f"{1 / (1 + np.exp(-edge)):.2%}" for edge in edges]
+    ends = [f"{edge:,.4g}" if spec is not None else f"{expit(edge):.2%}" for edge in edges]
     if place == 0:
         return f"up to {ends[0]}" if ends else "any value"
     return f"above {ends[-1]}" if place == len(ends) else f"above {ends[place - 1]} up to {ends[place]}"

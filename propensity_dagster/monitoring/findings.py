@@ -74,7 +74,7 @@ class Verdict:
 
 def drift_findings(rows: Sequence[Mapping[str, Any]]) -> list[Finding]:
     """One finding per column that moved, the gravest first; and of scores and all columns together."""
-    found = [row for row in rows if row["severity"] == ALERT or (row["severity"] == WARN and not is_minor(row))]
+    found = [row for row in rows if row["severity"] == ALERT or (row["severity"] == WARN and not _is_minor(row))]
     cause = _cause(found)
     findings: list[Finding] = []
     columns = list(dict.fromkeys(row["column"] for row in found))
@@ -152,7 +152,12 @@ def _more(count: int) -> str:
     return f"; and {count} more finding{'s' if count > 1 else ''}" if count else ""
 
 
-def is_minor(row: Mapping[str, Any]) -> bool:
+def told_severity(row: Mapping[str, Any]) -> str:
+    """How grave a row of the drift table is to people: what hardly moves a score is no reason to wake anybody."""
+    return WARN if row["severity"] == ALERT and _is_minor(row) else row["severity"]
+
+
+def _is_minor(row: Mapping[str, Any]) -> bool:
     """Whether the model hardly looks at a column: a small change of it is in the table, and no finding."""
     return row["importance"] is not None and row["importance"] < _MINOR
 
@@ -177,7 +182,7 @@ def _log_of(column: str) -> str:
 def _of_column(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]], cause: str, alike: int) -> Finding:
     column, measure, against = row["column"], row["measure"], row["against"]
     importance = row["importance"]
-    severity = row["severity"]
+    severity = told_severity(row)
     numbers = {"value": row["value"], "usual": row["usual"], "against": against, "importance": importance}
     since = "training" if against == TRAINING else "the snapshot before"
     if measure == DOMAIN:
@@ -194,8 +199,6 @@ def _of_column(row: Mapping[str, Any], others: Sequence[Mapping[str, Any]], caus
         sentence = f"scores are distributed otherwise than at {since} (stability index {row['value']:.2f})"
         advice = "Check the columns named, then whether a cut-off or capacity still fits."
         return Finding(DRIFTING, SCORE, severity, sentence, f"drifted: {cause}" if cause else "", advice, numbers)
-    if is_minor(row):
-        severity = WARN  # what hardly moves a score is no reason to wake anybody
     if measure == DISTRIBUTION:
         sentence = f"{column} moved since {since} (stability index {row['value']:.2f}, {_place(row['detail'])})"
     else:

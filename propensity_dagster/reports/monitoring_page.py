@@ -15,7 +15,7 @@ from propensity_dagster.data.lake import Home, publish_text
 from propensity_dagster.monitoring.alerts import PAGE, Alert, read_alerts
 from propensity_dagster.monitoring.drift import DISTRIBUTION, DRIFT, SCORE, TRAINING, read_drift
 from propensity_dagster.monitoring.drift_report import REPORT as DRIFT_REPORT
-from propensity_dagster.monitoring.findings import Finding, Verdict, is_minor
+from propensity_dagster.monitoring.findings import Finding, Verdict, told_severity
 from propensity_dagster.monitoring.ledger import HINDSIGHT, MATURE, WAITING
 from propensity_dagster.monitoring.quality import read_quality
 from propensity_dagster.reports.plots import svg_plot
@@ -193,7 +193,7 @@ def _draw_drift(axes: Any, drift: Mapping[date, Sequence[Mapping[str, Any]]], co
             if i is not None:
                 grid[i, j] = row["value"]
                 if row["severity"] != "none":
-                    marks.append((j, i, "■" if row["severity"] == "alert" and not is_minor(row) else "□"))
+                    marks.append((j, i, "■" if told_severity(row) == "alert" else "□"))
     axes.imshow(np.minimum(grid, 0.5), cmap="Greys", vmin=0, vmax=0.5, aspect="auto", interpolation="nearest")
     for j, i, mark in marks:
         axes.text(j, i, mark, ha="center", va="center", color="#D55E00", fontsize=7)

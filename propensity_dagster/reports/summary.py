@@ -149,9 +149,12 @@ def _value(campaign: Campaign, home: Home, record: dict[str, Any]) -> list[Text]
                 "snapshots or a longer horizon help most; docs/guide.md explains the limits under `gate`."
             )
         ]
-    looked = read_quality(campaign, found[0], home) or read_drift(campaign, found[0], home)
-    answer = [Text(f"Should these scores be trusted? {verdict(snapshot_findings(campaign, found[0], home)).sentence}")]
-    return [*(answer if looked else []), Text(describe_plan(campaign, plan_contacts(campaign, found[0], home)))]
+    snapshot, _ = found
+    parts = [Text(describe_plan(campaign, plan_contacts(campaign, snapshot, home)))]
+    if read_quality(campaign, snapshot, home) or read_drift(campaign, snapshot, home):
+        answer = verdict(snapshot_findings(campaign, snapshot, home))
+        parts.insert(0, Text(f"Should these scores be trusted? {answer.sentence}"))
+    return parts
 
 
 def newest_scores(campaign: Campaign, home: Home) -> tuple[date, Path] | None:

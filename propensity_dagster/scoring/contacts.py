@@ -75,7 +75,7 @@ def plan_contacts(
     Raises:
         DataContractError: when the snapshot has not been scored.
         PlanError: when the limits contradict each other.
-        ConfigError: when a limit names a column or a value that the snapshot does not have.
+        ConfigError: when a limit names a column that the snapshot does not have, or a number.
     """
     lake = home.lake(campaign.name)
     scores = pq.read_table(lake.existing_partition(SCORES, "snapshot", snapshot), columns=[campaign.key, "probability"])
