@@ -159,6 +159,8 @@ class EventCampaign(Campaign):
             require_known("segments", name, self.attributes)
         for limit in self.contacts.limits:
             require_known("contacts.limits", limit.segment, self.attributes)
+        for name in self.holdout.strata:
+            require_known("holdout.strata", name, self.attributes)
         for name in self.monitoring.min_rows:
             require_known("monitoring.min_rows", name, streams)
         if self.outcome.minimum_amount is not None and streams[self.outcome.stream].amount is None:

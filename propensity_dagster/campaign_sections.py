@@ -345,11 +345,99 @@ class ContactLimit(Frozen):
     maximum: NonNegative | None = None
 
 
+class Register(Frozen):
+    """A table of customers, of the source or of another connection; `key` is the campaign's, if absent."""
+
+    table: str
+    connection: Connection | None = None
+    key: str | None = None
+
+
+class Consent(Register):
+    """Who may be contacted. Who is not in the table may not.
+
+    Attributes:
+        granted: column that says so.
+        values: of that column that mean yes.
+        channel: column with the name of the channel that a row is about; every channel, if absent.
+        time: column of when it was given or withdrawn: the newest row of a customer counts.
+        max_age_days: the table is stale when its newest `time` is older, and then nobody is contacted.
+    """
+
+    granted: str
+    values: tuple[str, ...] = ("true", "yes", "1", "t", "y")
+    channel: str | None = None
+    time: str | None = None
+    max_age_days: Positive = 7
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _accept_one(cls, value: object) -> object:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [str(v).lower() for v in values]
+
+
+class FrequencyCap(Frozen):
+    """At most so many `contacts` of a customer within `days`, those of other `campaigns` among them."""
+
+    contacts: Positive = 1
+    days: Positive = 30
+    campaigns: tuple[Identifier, ...] = ()
+
+
+class Export(Frozen):
+    """Where an audience goes. `folder`: of files; `connection` and `table`: of a database; `url`: of a webhook.
+
+    A webhook gets `batch` contacts a request; `headers` may hold secrets as ${NAME} only.
+    """
+
+    name: Identifier
+    kind: Literal["csv", "parquet", "table", "webhook"]
+    folder: str | None = None
+    connection: Connection | None = None
+    table: Identifier | None = None
+    url: Connection | None = None
+    headers: dict[str, str] = {}
+    batch: Annotated[int, Field(gt=0, le=10_000)] = 500
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "Export":
+        needed = {"table": ("connection", "table"), "webhook": ("url",)}.get(self.kind, ())
+        allowed = {*needed, *({"headers", "batch"} if self.kind == "webhook" else ())}
+        allowed |= {"folder"} if self.kind in ("csv", "parquet") else set()
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"an export of kind {self.kind} needs {' and '.join(map(repr, needed))}")
+        for name in sorted(self.model_fields_set - allowed - {"name", "kind"}):
+            raise ValueError(f"an export of kind {self.kind} has no {name!r}")
+        for name, text in self.headers.items():
+            if re.search("auth|key|token|secret", name, re.IGNORECASE) and "${" not in text:
+                raise ValueError(
+                    f"headers.{name}: a secret must come from the environment, as ${{NAME}}; got clear text"
+                )
+        return self
+
+
 class Contacts(Frozen):
-    """Ways to contact customers, instead of `value.cost_per_contact`, and limits by segment."""
+    """Who may be contacted, how, how often, and where the audience goes.
+
+    Attributes:
+        channels: ways to contact customers, instead of `value.cost_per_contact`.
+        limits: by segment.
+        consent: the register, or "not_required". Without it nobody is contacted.
+        suppression: registers of customers who are never contacted.
+        at_most: how often.
+        random: so many customers below the cut-off are contacted by lot, to measure what the model is worth.
+        exports: where the audience goes.
+    """
 
     channels: dict[Identifier, ContactChannel] = {}
     limits: tuple[ContactLimit, ...] = ()
+    consent: Literal["not_required"] | Consent | None = None
+    suppression: tuple[Register, ...] = ()
+    at_most: FrequencyCap | None = None
+    random: NonNegative = 0
+    exports: tuple[Export, ...] = ()
 
     @field_validator("channels", mode="before")
     @classmethod
@@ -357,6 +445,21 @@ class Contacts(Frozen):
         if not isinstance(value, dict):
             return value
         return {name: {"cost": c} if isinstance(c, int | float) else c for name, c in value.items()}
+
+    @field_validator("suppression", mode="before")
+    @classmethod
+    def _accept_names(cls, value: object) -> object:
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [{"table": v} if isinstance(v, str) else v for v in values]
+
+    @model_validator(mode="after")
+    def _different_names(self) -> "Contacts":
+        names = [export.name for export in self.exports]
+        if len(set(names)) != len(names):
+            raise ValueError(f"exports must have different names, got {names}")
+        if isinstance(self.consent, Consent) and self.consent.channel and not self.channels:
+            raise ValueError("consent.channel needs 'channels': without them there is one way to contact, 'contact'")
+        return self
 
 
 class Tiers(Frozen):
@@ -398,9 +501,14 @@ class Explanations(Frozen):
 
 
 class Holdout(Frozen):
-    """Share of entities deliberately not contacted."""
+    """Entities deliberately not contacted: which share, for how long each, and alike in which segments.
+
+    See experiments/holdout.py.
+    """
 
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    keep_days: Positive = 90
+    strata: tuple[str, ...] = ()
 
 
 class Schedule(Frozen):

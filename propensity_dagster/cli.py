@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from propensity_dagster.campaign import CAMPAIGNS, SHIPPED, Campaign, find_campaign, load_campaigns
+from propensity_dagster.data.days import now_utc
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.reports.site import DEFAULT_PORT, URL, serve_reports
@@ -38,6 +39,10 @@ CampaignArgument = Annotated[
     str, typer.Argument(metavar="CAMPAIGN", help="A campaign's name, or the path of its YAML file.")
 ]
 
+SnapshotOption = Annotated[str | None, typer.Option(metavar="DATE", help="Snapshot; the newest, if absent.")]
+CapacityOption = Annotated[int | None, typer.Option(min=0, help="Contacts; the campaign file's, if absent.")]
+BudgetOption = Annotated[float | None, typer.Option(min=0, help="Money; the campaign file's, if absent.")]
+
 
 @app.command()
 def demo(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
@@ -55,7 +60,7 @@ def demo(campaign: CampaignArgument = DEFAULT_CAMPAIGN) -> None:
 @app.command()
 def score(
     campaign: CampaignArgument = DEFAULT_CAMPAIGN,
-    snapshot: Annotated[str | None, typer.Option(metavar="DATE", help="Snapshot; the newest, if absent.")] = None,
+    snapshot: SnapshotOption = None,
     rows: Annotated[
         list[str] | None,
         typer.Option(help="For tables of decisions: file, folder or table of rows to score; may be repeated."),
@@ -71,12 +76,13 @@ def score(
 @app.command()
 def plan(
     campaign: CampaignArgument = DEFAULT_CAMPAIGN,
-    snapshot: Annotated[str | None, typer.Option(metavar="DATE", help="Snapshot; the newest, if absent.")] = None,
-    capacity: Annotated[int | None, typer.Option(min=0, help="Contacts; the campaign file's, if absent.")] = None,
-    budget: Annotated[float | None, typer.Option(min=0, help="Money; the campaign file's, if absent.")] = None,
+    snapshot: SnapshotOption = None,
+    capacity: CapacityOption = None,
+    budget: BudgetOption = None,
 ) -> None:
     """Show whom of a scored snapshot it pays to contact, and what that is expected to earn. Contacts nobody."""
     from propensity_dagster.reports.summary import newest_scores, print_plan
+    from propensity_dagster.runtime import Runtime
     from propensity_dagster.scoring.contacts import plan_contacts
 
     chosen, home = find_campaign(campaign), Home.from_environment()
@@ -84,7 +90,30 @@ def plan(
     if newest is None:
         raise ConfigError(f"{chosen.name}: nothing has been scored yet; run propensity demo or propensity score first")
     day = date.fromisoformat(_date(snapshot)) if snapshot else newest[0]
-    print_plan(chosen, plan_contacts(chosen, day, home, capacity, budget), _console())
+    with Runtime.from_environment().engine() as engine:
+        planned = plan_contacts(chosen, day, home, engine, now_utc(), capacity, budget)
+    print_plan(chosen, planned, _console())
+
+
+@app.command()
+def audience(
+    campaign: CampaignArgument = DEFAULT_CAMPAIGN,
+    snapshot: SnapshotOption = None,
+    capacity: CapacityOption = None,
+    budget: BudgetOption = None,
+) -> None:
+    """Choose whom to contact, as consent stands now, and send it to the campaign's exports, through Dagster."""
+    options = ["--audience", *(["--snapshot", _date(snapshot)] if snapshot else [])]
+    options += [] if capacity is None else ["--capacity", str(capacity)]
+    options += [] if budget is None else ["--budget", str(budget)]
+    chosen = find_campaign(campaign)
+    _launch(chosen, *options)
+    from propensity_dagster.reports.summary import newest_scores, print_audience
+
+    home = Home.from_environment()
+    newest = newest_scores(chosen, home)
+    assert newest is not None  # else the launch failed
+    print_audience(chosen, date.fromisoformat(snapshot) if snapshot else newest[0], home, _console())
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The contact planner: equal to a whole-number programme over everybody, its bound a proof, its errors with numbers."""
 
-from datetime import date
+from datetime import date, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +9,7 @@ from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from propensity_dagster.campaign import load_campaign
+from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home, publish_table
 from propensity_dagster.errors import ConfigError, DataContractError, PlanError
 from propensity_dagster.evaluation import planner
@@ -165,16 +166,29 @@ def test_limits_that_contradict_each_other_are_named(limits, message):
         plan(np.array([0.9, 0.8, 0.7]), MARGIN, [Channel("mail", 0.4)], limits)
 
 
-DAY = date(2024, 6, 1)
+DAY, NOW = date(2024, 6, 1), datetime(2024, 6, 2)
+
+
+def planned(campaign, home, day=DAY, **limits):
+    with open_engine() as engine:
+        return plan_contacts(campaign, day, home, engine, NOW, **limits)
 
 
 def contacts(tmp_path, probability, country=None, **sections):
     """A campaign with these sections, and a home with one scored snapshot; features are in another order."""
+    sections = {"holdout": {"fraction": 1e-9}, **sections}  # nobody, of so few
     campaign, home = load_campaign(shop_file(tmp_path, **sections)), Home(tmp_path / "home").ensure()
     keys = [f"c{i}" for i in range(len(probability))]
     lake = home.lake(campaign.name)
     publish_table(
-        pa.table({"customer_id": keys, "probability": pa.array(probability, pa.float64())}),
+        pa.table(
+            {
+                "customer_id": keys,
+                "probability": pa.array(probability, pa.float64()),
+                "decile": pa.array(np.arange(len(keys)) % 10 + 1, pa.int8()),
+                "model_version": ["1"] * len(keys),
+            }
+        ),
         lake.partition("scores", "snapshot", DAY),
     )
     country = country or ["DE"] * len(keys)
@@ -188,18 +202,18 @@ def contacts(tmp_path, probability, country=None, **sections):
 def test_whom_to_contact(tmp_path):
     probability = [0.5, 0.02, 0.3, 0.01, 0.1]
     campaign, home = contacts(tmp_path, probability, value={"margin_per_conversion": 10, "cost_per_contact": 1})
-    found = plan_contacts(campaign, DAY, home)
+    found = planned(campaign, home)
     assert (found.above_break_even, found.contacted, found.cost) == (2, 2, 2.0)  # 0.1 x 10 only pays its cost
     assert found.expected_profit.value == pytest.approx(0.8 * 10 - 2)
     assert found.expected_profit.low < found.expected_profit.value < found.expected_profit.high
     assert found.profit_of_contacting_all == pytest.approx(9.3 - 5)
     assert found.profit_of_random == pytest.approx(2 * 0.186 * 10 - 2)
-    assert plan_contacts(campaign, DAY, home, capacity=1).contacted == 1
-    assert plan_contacts(campaign, DAY, home, budget=1.5).contacted == 1
-    assert plan_contacts(campaign, DAY, home, capacity=10**6).contacted == 2
-    assert plan_contacts(campaign, DAY, home, capacity=0).contacted == 0
+    assert planned(campaign, home, capacity=1).contacted == 1
+    assert planned(campaign, home, budget=1.5).contacted == 1
+    assert planned(campaign, home, capacity=10**6).contacted == 2
+    assert planned(campaign, home, capacity=0).contacted == 0
     with pytest.raises(DataContractError, match="scores snapshot=2024-06-02 has not been materialized"):
-        plan_contacts(campaign, date(2024, 6, 2), home)
+        planned(campaign, home, date(2024, 6, 2))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +221,7 @@ def test_whom_to_contact(tmp_path):
 )
 def test_costs_above_margins_contact_nobody_and_say_so(tmp_path, value):
     campaign, home = contacts(tmp_path, [0.5, 0.2], value=value)
-    found = plan_contacts(campaign, DAY, home)
+    found = planned(campaign, home)
     assert (found.contacted, found.expected_profit.value) == (0, 0)
     assert "nobody of 2 is worth a contact" in describe_plan(campaign, found)
 
@@ -224,7 +238,7 @@ def test_channels_and_segments_of_the_campaign(tmp_path):
     campaign, home = contacts(
         tmp_path, [0.5, 0.4, 0.001, 0.0005], ["DE", "DE", "FR", "FR"], value=value, contacts=stated
     )
-    found = plan_contacts(campaign, DAY, home)
+    found = planned(campaign, home)
     assert (found.contacted, found.by_channel) == (2, {"email": 2, "phone": 0})
     assert found.expected_conversions.value == pytest.approx(0.501)
     assert found.shadow_prices["minimum of country FR"] == pytest.approx(0.09)
@@ -233,7 +247,11 @@ def test_channels_and_segments_of_the_campaign(tmp_path):
         shop_file(tmp_path, contacts={"limits": [{"segment": "country", "value": "XX", "minimum": 1}]})
     )
     with pytest.raises(PlanError, match="minimum of country XX: 1 contacts wanted, but only 0"):
-        plan_contacts(campaign, DAY, home)
+        planned(campaign, home)
+    campaign = load_campaign(
+        shop_file(tmp_path, contacts={"limits": [{"segment": "country", "value": "XX", "maximum": 1}]})
+    )
+    assert "limit of country XX: no customer has this value; there are DE, FR" in planned(campaign, home).notes
     with pytest.raises(ConfigError, match=r"contacts\.limits: 'planet' is not declared"):
         load_campaign(shop_file(tmp_path, contacts={"limits": [{"segment": "planet", "value": "x"}]}))
     with pytest.raises(ConfigError, match=r"contacts\.channels\.email\.cost"):

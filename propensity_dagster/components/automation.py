@@ -13,6 +13,7 @@ import dagster as dg
 
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import asset_job, daily
+from propensity_dagster.components.contacting import contacting_tables
 from propensity_dagster.components.explaining import ABLATION, EXPLANATIONS
 from propensity_dagster.components.monitoring import monitored_tables
 from propensity_dagster.components.reporting import REPORT
@@ -51,6 +52,11 @@ def score_job_name(campaign: Campaign) -> str:
     return f"{campaign.name}__score"
 
 
+def audience_job_name(campaign: Campaign) -> str:
+    """Name of the job that chooses whom to contact on a scored snapshot, and sends it."""
+    return f"{campaign.name}__audience"
+
+
 def monitor_job_name(campaign: Campaign) -> str:
     """Name of the job that looks at the scores of a snapshot, and at what became of earlier ones."""
     return f"{campaign.name}__monitor"
@@ -80,7 +86,7 @@ def _event_automation(campaign: EventCampaign) -> dg.Definitions:
     description = "What each event log is worth: as many trainings more. Afterwards the report is written again."
     ablation = asset_job(campaign, f"{campaign.name}__ablate", [ABLATION, REPORT], description)
     return dg.Definitions(
-        jobs=[ingest, train, score, ablation],
+        jobs=[ingest, train, score, *_audience_jobs(campaign), ablation],
         schedules=[_nightly_ingestion(campaign, ingest), _monthly(campaign, train)],
         sensors=[
             _score_after_ingest(campaign, ingest, score),
@@ -94,7 +100,7 @@ def _table_automation(campaign: TableCampaign) -> dg.Definitions:
     train = _train_job(campaign, [f"raw_{DECISIONS}", f"validated_{DECISIONS}"])
     score = _score_job(campaign)
     return dg.Definitions(
-        jobs=[train, score],
+        jobs=[train, score, *_audience_jobs(campaign)],
         schedules=[_nightly_scores(campaign, score), _monthly(campaign, train)],
         sensors=[_dropped_files(campaign, score), *_monitoring_sensors(campaign, score, train)],
     )
@@ -124,9 +130,15 @@ def _train_job(campaign: Campaign, before: list[str]) -> Any:
 
 
 def _score_job(campaign: Campaign) -> Any:
-    description = "Features and scores of a snapshot, and what the service answers with."
-    tables = [*score_tables(campaign), ONLINE_FEATURES, RELEASE]
+    description = "Features and scores of a snapshot, what the service answers with, and the audience."
+    tables = [*score_tables(campaign), ONLINE_FEATURES, RELEASE, *contacting_tables(campaign)]
     return asset_job(campaign, score_job_name(campaign), tables, description, daily(campaign))
+
+
+def _audience_jobs(campaign: Campaign) -> list[Any]:
+    tables = contacting_tables(campaign)
+    description = "Whom to contact on a scored snapshot, as consent stands now; and sending it."
+    return [asset_job(campaign, audience_job_name(campaign), tables, description, daily(campaign))] if tables else []
 
 
 def _nightly_ingestion(campaign: EventCampaign, job: Any) -> dg.ScheduleDefinition:

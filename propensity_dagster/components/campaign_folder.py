@@ -7,6 +7,7 @@ import dagster as dg
 
 from propensity_dagster.campaign import CAMPAIGNS, Campaign, EventCampaign, TableCampaign, load_campaigns
 from propensity_dagster.components.automation import campaign_automation
+from propensity_dagster.components.contacting import contacting_assets
 from propensity_dagster.components.decisions import decision_assets
 from propensity_dagster.components.explaining import ablation_asset, explanations_asset
 from propensity_dagster.components.ingestion import ingestion_assets
@@ -52,7 +53,12 @@ def campaign_definitions(campaign: Campaign) -> dg.Definitions:
     assets += [*model_assets(campaign), explanations_asset(campaign), report_asset(campaign)]
     if isinstance(campaign, EventCampaign):
         assets.append(ablation_asset(campaign))
-    assets += [*scoring_assets(campaign), *serving_assets(campaign), *monitoring_assets(campaign)]
+    assets += [
+        *scoring_assets(campaign),
+        *contacting_assets(campaign),
+        *serving_assets(campaign),
+        *monitoring_assets(campaign),
+    ]
     return dg.Definitions.merge(
         dg.Definitions(assets=assets), campaign_automation(campaign), serving_automation(campaign)
     )

@@ -1,6 +1,7 @@
-"""Runs one campaign end to end through Dagster, in this process: what `propensity demo` and `score` start.
+"""Runs one campaign end to end through Dagster, in this process: what `propensity demo`, `score` and `audience` start.
 
     python -m propensity_dagster.components.launch CAMPAIGN [--score [--snapshot DATE] [--rows PLACE]...]
+    python -m propensity_dagster.components.launch CAMPAIGN --audience [--snapshot DATE] [--capacity N] [--budget X]
 
 Ingestion of every day, training, and scores of the newest snapshot are three runs of the campaign's jobs,
 recorded in DAGSTER_HOME like any other, so that the UI shows them.
@@ -19,6 +20,7 @@ import dagster as dg
 
 from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign, load_campaigns
 from propensity_dagster.components.automation import (
+    audience_job_name,
     ingest_job_name,
     monitor_job_name,
     range_tags,
@@ -31,6 +33,7 @@ from propensity_dagster.data.sources import campaign_calendar, source_folder
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.features.activity import ACTIVITY
 from propensity_dagster.runtime import Runtime
+from propensity_dagster.scoring.audiences import AUDIENCE
 from propensity_dagster.scoring.batch import SCORES
 
 logger = logging.getLogger("propensity_dagster.launch")
@@ -88,6 +91,36 @@ def score_campaign(
         _run(defs, instance, monitor_job_name(campaign), partition_key=str(snapshot))
     except PropensityError as error:
         logger.warning("the scores are there; monitoring them failed: %s", error)
+    return snapshot
+
+
+def choose_audience(
+    campaign: Campaign,
+    snapshot: date | None,
+    limits: Mapping[str, float | None],
+    runtime: Runtime,
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+) -> date:
+    """Choose whom to contact on a scored snapshot, the newest when none is named, and send it. Returns the snapshot.
+
+    Raises:
+        PropensityError: with the message of the first asset that failed.
+    """
+    if campaign.contacts.consent is None:
+        raise ConfigError(
+            f"{campaign.file}: contacts.consent is not set, so nobody is contacted: name the table of consents, such "
+            "as {table: consents, granted: granted}, or write 'not_required' if the law asks for none"
+        )
+    scored = runtime.home.lake(campaign.name).partitions(SCORES, "snapshot")
+    if not scored:
+        raise ConfigError(
+            f"{campaign.name}: nothing has been scored yet; run propensity demo or propensity score first"
+        )
+    snapshot = snapshot or scored[-1]
+    stated = {name: value for name, value in limits.items() if value is not None}
+    config: dict[str, Any] = {"ops": {f"{campaign.name}__{AUDIENCE}": {"config": stated}}} if stated else {}
+    _run(defs, instance, audience_job_name(campaign), partition_key=str(snapshot), config=config)
     return snapshot
 
 
@@ -171,6 +204,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="launch")
     parser.add_argument("campaign")
     parser.add_argument("--score", action="store_true", help="score only")
+    parser.add_argument("--audience", action="store_true", help="choose an audience only")
+    parser.add_argument("--capacity", type=int)
+    parser.add_argument("--budget", type=float)
     parser.add_argument("--snapshot", type=date.fromisoformat)
     parser.add_argument("--rows", action="append", default=[])
     stated = parser.parse_args(arguments)
@@ -184,7 +220,10 @@ def main(arguments: Sequence[str]) -> int:
 
         with dg.DagsterInstance.get() as instance:
             runtime = Runtime.from_environment()
-            if stated.score:
+            if stated.audience:
+                limits = {"capacity": stated.capacity, "budget": stated.budget}
+                choose_audience(campaign, stated.snapshot, limits, runtime, defs(), instance)
+            elif stated.score:
                 snapshot = score_campaign(campaign, stated.snapshot, stated.rows, runtime, defs(), instance)
                 print(runtime.home.lake(campaign.name).partition(SCORES, "snapshot", snapshot))
             else:

@@ -1,6 +1,6 @@
 """The scores asset."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import dagster as dg
 
@@ -19,7 +19,7 @@ from propensity_dagster.components.common import (
     warning,
 )
 from propensity_dagster.contracts import scores_contract
-from propensity_dagster.data.days import rows_of_each
+from propensity_dagster.data.days import now_utc, rows_of_each
 from propensity_dagster.data.delivery import deliver_scores
 from propensity_dagster.runtime import Runtime
 from propensity_dagster.scoring.batch import SCORES, ScoresReport, score_snapshot, score_violations
@@ -63,7 +63,7 @@ def _scores(campaign: Campaign) -> dg.AssetsDefinition:
     @user_errors
     def scores(context: dg.AssetExecutionContext, runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
         version, model = require_champion(campaign, runtime.store)
-        scored_at = datetime.now(UTC).replace(tzinfo=None)
+        scored_at = now_utc()
         reports, broken = {}, 0
         with runtime.engine() as engine:
             for snapshot in partition_days(context):

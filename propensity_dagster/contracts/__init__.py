@@ -1,6 +1,7 @@
 """One pandera schema per table: what a row of it promises."""
 
 from propensity_dagster.contracts.tables import (
+    audience_contract,
     decision_contract,
     entity_contract,
     reason_columns,
@@ -8,4 +9,11 @@ from propensity_dagster.contracts.tables import (
     stream_contract,
 )
 
-__all__ = ["decision_contract", "entity_contract", "reason_columns", "scores_contract", "stream_contract"]
+__all__ = [
+    "audience_contract",
+    "decision_contract",
+    "entity_contract",
+    "reason_columns",
+    "scores_contract",
+    "stream_contract",
+]

@@ -116,6 +116,35 @@ def scores_contract(campaign: Campaign) -> pa.DataFrameSchema:
     )
 
 
+def audience_contract(campaign: Campaign) -> pa.DataFrameSchema:
+    """Whom to contact, and whom to compare them with."""
+    unit = [pa.Check.greater_than_or_equal_to(0.0), pa.Check.less_than_or_equal_to(1.0)]
+    groups = ["contact", "holdout", "random", "random_holdout"]
+    return pa.DataFrameSchema(
+        {
+            campaign.key: pa.Column(str, nullable=False, unique=True, description="entity key"),
+            "snapshot": pa.Column("datetime64[us]", nullable=False, description="instant of the score"),
+            "group": pa.Column(
+                str,
+                pa.Check.isin(groups),
+                nullable=False,
+                description="contacted because it pays; would have been, but held back; contacted by lot below the "
+                "cut-off; held back and below it",
+            ),
+            "channel": pa.Column(str, nullable=True, description="how, or how it would have been"),
+            "probability": pa.Column(float, unit, nullable=False, description="calibrated P(conversion)"),
+            "decile": pa.Column("int8", nullable=False, description="1 is the top tenth of all scored"),
+            "cost": pa.Column(float, nullable=False, description="of the contact"),
+            "expected_profit": pa.Column(float, nullable=False, description="probability x margin - cost"),
+            "campaign": pa.Column(str, nullable=False, description="campaign name"),
+            "model_version": pa.Column(str, nullable=False, description="registry version of the champion"),
+            "decided_at": pa.Column("datetime64[us]", nullable=False, description="when chosen, UTC"),
+        },
+        strict=True,
+        name="audience",
+    )
+
+
 _REASON_PARTS = {
     "": "feature that moved the score",
     "_direction": "raises or lowers the probability",

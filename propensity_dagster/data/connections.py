@@ -7,6 +7,7 @@ A connection is a folder of parquet or CSV files (`orders.parquet`, `orders.csv`
 import os
 import re
 import sqlite3
+import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,8 +100,13 @@ def open_database(campaign: Campaign, where: str, connection: str, engine: Engin
     if connection.startswith(SQLITE):
         return engine.database(connection, lambda: _open_sqlite(path))
     quoted = str(path).replace("'", "''")
-    engine.backend.raw_sql(f"ATTACH IF NOT EXISTS '{quoted}' AS source_database (READ_ONLY)")
+    engine.backend.raw_sql(f"ATTACH IF NOT EXISTS '{quoted}' AS {attached_name(connection)} (READ_ONLY)")
     return engine.backend
+
+
+def attached_name(connection: str) -> str:
+    """The name that a DuckDB file has in the engine: a campaign may read several."""
+    return f"source_{zlib.crc32(connection.encode()):08x}"
 
 
 def database_table(campaign: Campaign, where: str, connection: str, table: str, engine: Engine) -> ibis.Table:
@@ -113,7 +119,7 @@ def database_table(campaign: Campaign, where: str, connection: str, table: str, 
     schema, _, name = table.rpartition(".")
     place: Any = schema or None
     if connection.startswith(DUCKDB):
-        place = ("source_database", schema or "main")
+        place = (attached_name(connection), schema or "main")
     names = backend.list_tables(database=place) if place else backend.list_tables()
     if name not in names:
         raise ConfigError(f"{campaign.file}: table {table!r} is not in the database; there are {_some(names)}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class TimeRange:
     first: date
     last: date
     calendar: Calendar
+
+
+def now_utc() -> datetime:
+    """The time, UTC, without zone, as the tables hold it."""
+    return datetime.now(UTC).replace(tzinfo=None)
 
 
 def days_between(first: date, last: date) -> list[date]:

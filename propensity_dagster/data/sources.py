@@ -19,10 +19,13 @@ import sqlglot
 import sqlglot.expressions as sge
 
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
+from propensity_dagster.campaign_sections import Register
 from propensity_dagster.data import coerce
 from propensity_dagster.data.connections import (
     DUCKDB,
+    attached_name,
     database_table,
+    expand_variables,
     is_database,
     open_database,
     reading,
@@ -100,6 +103,26 @@ def open_table(campaign: Campaign, table: str, home: Home, engine: Engine) -> ib
         return found
 
 
+def open_register(campaign: Campaign, where: str, register: Register, home: Home, engine: Engine) -> ibis.Table:
+    """A table about customers that is not part of the source's logs: consents, suppressed customers.
+
+    Raises:
+        ConfigError: when it is not there.
+        SourceError: when it cannot be read.
+    """
+    if register.connection is None:
+        if campaign.source.connection is None:
+            raise ConfigError(f"{campaign.file}: {where} needs a 'connection': the source is a single file")
+        return open_table(campaign, register.table, home, engine)
+    connection = expand_variables(campaign, f"{where}.connection", register.connection)
+    require_known_scheme(campaign, f"{where}.connection", connection)
+    with reading(f"{campaign.file}: {where}: table {register.table!r}"):
+        if is_database(connection):
+            return database_table(campaign, where, connection, register.table, engine)
+        folder = resolve_path(campaign, f"{where}.connection", connection)
+        return read_files(_files_of(campaign, folder, register.table), campaign.source.csv, engine)
+
+
 def open_place(campaign: TableCampaign, place: str, home: Home, engine: Engine) -> ibis.Table:
     """A file, a folder of files, or a table of the source's connection."""
     source = campaign.source
@@ -124,7 +147,7 @@ def open_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> ibis.
 def tables_of_database(campaign: Campaign, connection: str, engine: Engine) -> list[str]:
     """Names of the tables of a database, of its default schema."""
     backend = open_database(campaign, "source.connection", connection, engine)
-    place: Any = ("source_database", "main") if connection.startswith(DUCKDB) else None
+    place: Any = (attached_name(connection), "main") if connection.startswith(DUCKDB) else None
     return sorted(backend.list_tables(database=place) if place else backend.list_tables())
 
 

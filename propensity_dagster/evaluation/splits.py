@@ -1,7 +1,7 @@
 """Out-of-time splits. Belongs here: which snapshot is in which split, and the proof that none overlaps."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, timedelta
 
@@ -85,7 +85,7 @@ def _assign(campaign: EventCampaign, snapshot: date, split: str) -> SnapshotSpli
     return SnapshotSplit(snapshot, split, start, start + timedelta(days=campaign.outcome.horizon_days))
 
 
-def hash_fractions(keys: Sequence[str], salt: str = "split") -> NDArray[np.float64]:
+def hash_fractions(keys: Iterable[str], salt: str = "split") -> NDArray[np.float64]:
     """A number in [0, 1) for each key, the same on every machine and in every year; another one for another salt."""
     digests = (hashlib.blake2b(f"{salt}:{key}".encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.float64) / 2.0**64

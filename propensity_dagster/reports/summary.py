@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign
+from propensity_dagster.data.days import now_utc
 from propensity_dagster.data.decisions import DECISIONS
+from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.evaluation.evaluate import ORACLE
 from propensity_dagster.features.snapshots import SPLITS
@@ -20,6 +22,7 @@ from propensity_dagster.monitoring.alerts import PAGE
 from propensity_dagster.monitoring.drift import read_drift
 from propensity_dagster.monitoring.findings import snapshot_findings, verdict
 from propensity_dagster.monitoring.quality import read_quality
+from propensity_dagster.scoring.audiences import AUDIENCE, exported_contacts, read_plan
 from propensity_dagster.scoring.batch import SCORES
 from propensity_dagster.scoring.candidates import read_evaluation
 from propensity_dagster.scoring.contacts import ContactPlan, describe_plan, plan_contacts
@@ -150,7 +153,9 @@ def _value(campaign: Campaign, home: Home, record: dict[str, Any]) -> list[Text]
             )
         ]
     snapshot, _ = found
-    parts = [Text(describe_plan(campaign, plan_contacts(campaign, snapshot, home)))]
+    with open_engine() as engine:
+        plan = plan_contacts(campaign, snapshot, home, engine, now_utc())
+    parts = [Text(describe_plan(campaign, plan))]
     if read_quality(campaign, snapshot, home) or read_drift(campaign, snapshot, home):
         answer = verdict(snapshot_findings(campaign, snapshot, home))
         parts.insert(0, Text(f"Should these scores be trusted? {answer.sentence}"))
@@ -170,6 +175,9 @@ def print_plan(campaign: Campaign, plan: ContactPlan, console: Console) -> None:
     sold, profit = plan.expected_conversions, plan.expected_profit
     table.add_row("customers scored", f"{plan.scored:,}, {plan.above_break_even:,} would pay")
     channels = ", ".join(f"{n:,} by {name}" for name, n in plan.by_channel.items()) if len(plan.by_channel) > 1 else ""
+    for reason, n in plan.excluded.items():
+        table.add_row(f"not contacted: {reason}", f"{n:,}")
+    table.add_row("held back for comparison", f"{plan.held:,}, {plan.held_chosen:,} of them would be contacted")
     table.add_row("contacts", f"{plan.contacted:,}" + (f": {channels}" if channels else ""))
     table.add_row("expected conversions", f"{sold.value:,.1f} ({sold.low:,.1f} to {sold.high:,.1f})")
     table.add_row("cost", f"{plan.cost:,.2f}")
@@ -185,7 +193,28 @@ def print_plan(campaign: Campaign, plan: ContactPlan, console: Console) -> None:
     console.print(table)
     if not plan.contacted:
         console.print(Text(describe_plan(campaign, plan)))
-    console.print(Text("Intervals hold 95% if the probabilities are right. Consent and holdout are not applied yet."))
+    for note in plan.notes:
+        console.print(Text(f"Note: {note}."))
+    console.print(Text("Intervals hold 95% if the probabilities are right. Nobody has been contacted by this plan."))
+
+
+def print_audience(campaign: Campaign, snapshot: date, home: Home, console: Console) -> None:
+    """Print what the audience of a snapshot is, and where it went."""
+    lake = home.lake(campaign.name)
+    plan = read_plan(lake, snapshot)
+    profit = plan["expected_profit"]
+    console.print(
+        Text(
+            f"Audience of {snapshot}: {plan['contacted']:,} contacts, {plan['random']:,} of them by lot; "
+            f"{plan['held_chosen']:,} who would have been contacted are held back. "
+            f"Expected profit {profit['value']:,.0f} ({profit['low']:,.0f} to {profit['high']:,.0f}) at a cost of "
+            f"{plan['cost']:,.0f}."
+        )
+    )
+    for name in plan["exports"]:
+        for state, number in exported_contacts(lake, name, snapshot).items():
+            console.print(Text(f"{name}: {number:,} {state}"))
+    console.print(Text(_short(lake.partition(AUDIENCE, "snapshot", snapshot))))
 
 
 def _where(campaign: Campaign, home: Home) -> Table:

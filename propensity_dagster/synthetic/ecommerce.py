@@ -94,6 +94,7 @@ def generate(config: WorldConfig, tables: Path, oracle: Path) -> None:
     latents = _draw_latents(config, rng)
     tables.mkdir(parents=True)
     _write_customers(config, latents, tables / "customers.csv", rng)
+    _write_consents(config, tables / "consents.parquet")
     for kind, start in config.trouble:
         if kind == "population":
             latents = _with_newcomers(config, latents, start, tables / "customers.csv")
@@ -358,6 +359,14 @@ def _emails(day: date, mailed: Ints, opened: Ints, clicked: Ints, rng: np.random
         "sent_at": pa.array(times[rows]),
         "event": pa.array(shown, pa.string()),
     }
+
+
+def _write_consents(config: WorldConfig, file: Path) -> None:
+    """Who agreed to be written to: most; some refused, a few were never asked. Says nothing about the chances."""
+    rng = np.random.default_rng([config.seed, 2])
+    asked = np.flatnonzero(rng.random(config.customers) < 0.97)
+    granted = rng.random(len(asked)) < 0.92
+    pq.write_table(pa.table({"customer_id": asked + 1, "granted": granted}), file, compression="zstd")
 
 
 def _write_customers(config: WorldConfig, latents: Latents, file: Path, rng: np.random.Generator) -> None:

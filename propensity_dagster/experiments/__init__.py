@@ -1,0 +1,1 @@
+"""Who is treated and who is not, by lot, and what the difference was."""

@@ -1,0 +1,171 @@
+"""Who may be contacted, and how: consent and suppression as they stand now, and how often somebody was contacted.
+
+What cannot be read permits nobody: a register that is missing or stale is an error, and nothing goes out. Belongs here:
+what forbids a contact. Does not: what makes one worth its cost.
+"""
+
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta
+from typing import Any
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign_sections import Consent, Register
+from propensity_dagster.data import coerce
+from propensity_dagster.data.connections import reading
+from propensity_dagster.data.days import pc
+from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.lake import Home
+from propensity_dagster.data.remote import fetch
+from propensity_dagster.data.sources import is_remote, open_register
+from propensity_dagster.errors import ConfigError, DataContractError
+from propensity_dagster.scoring.audiences import AUDIENCE, CONTACT, HELD, RANDOM, delivered_audiences
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Permission:
+    """Which customer may be contacted through which channel (n, C), and why others may not: customers by reason."""
+
+    allowed: Flags
+    excluded: dict[str, int] = field(default_factory=dict[str, int])
+
+    def without(self, rows: Flags, reason: str) -> "Permission":
+        """The same, but for customers (n,) or contacts (n, C) that may not be for this reason."""
+        allowed = self.allowed & ~(rows if rows.ndim == 2 else rows[:, None])
+        lost = int((self.allowed.any(axis=1) & ~allowed.any(axis=1)).sum())
+        return Permission(allowed, {**self.excluded, reason: lost})
+
+
+def permission(
+    campaign: Campaign, keys: pa.Array, channels: Sequence[str], home: Home, engine: Engine, now: datetime
+) -> Permission:
+    """What consent and suppression say of customers (n,) at this moment.
+
+    Args:
+        campaign: names the registers.
+        keys: of the customers, as text.
+        channels: names of the C ways to contact them.
+        home: of the source, where it is synthetic.
+        engine: reads the registers.
+        now: against which the age of the consents is judged, UTC.
+
+    Raises:
+        ConfigError: when `contacts.consent` is not set, or a register lacks a table or column.
+        DataContractError: when the consents are stale, or there is none.
+        SourceError: when a register cannot be read.
+    """
+    consent = campaign.contacts.consent
+    found = Permission(np.ones((len(keys), len(channels)), dtype=bool))
+    if consent is None:
+        raise ConfigError(
+            f"{campaign.file}: contacts.consent is not set, so nobody is contacted: name the table of consents, such "
+            "as {table: consents, granted: granted}, or write 'not_required' if the law asks for none"
+        )
+    if consent != "not_required":
+        found = found.without(~_granted(campaign, consent, keys, channels, home, engine, now), "no consent")
+    for i, register in enumerate(campaign.contacts.suppression):
+        where = f"contacts.suppression.{i}"
+        listed = _columns(campaign, where, register, {"key": register.key or campaign.key}, home, engine)
+        table = engine.arrow(listed.select(key=coerce.key_text(listed.key)).filter(ibis._.key.notnull()).distinct())
+        suppressed = pc.is_in(keys, table["key"].combine_chunks()).to_numpy(zero_copy_only=False)
+        found = found.without(np.asarray(suppressed), f"listed in {register.table}")
+    return found
+
+
+def contacted_often(campaign: Campaign, snapshot: date, keys: pa.Array, home: Home) -> Flags:
+    """Who had as many contacts (n,) in the days before the snapshot as `contacts.at_most` allows.
+
+    Held customers who would have been contacted count as if they had been: else they would be chosen more often than
+    those they are compared with. Other campaigns' count only where they were made.
+    """
+    cap = campaign.contacts.at_most
+    if cap is None:
+        return np.zeros(len(keys), dtype=bool)
+    counts = np.zeros(len(keys), dtype=np.int64)
+    own = {campaign.name: (CONTACT, RANDOM, HELD), **dict.fromkeys(cap.campaigns, (CONTACT, RANDOM))}
+    for name, groups in own.items():
+        lake = home.lake(name)
+        for day in delivered_audiences(lake):
+            if not snapshot - timedelta(days=cap.days) < day < snapshot:
+                continue
+            table = pq.read_table(lake.partition(AUDIENCE, "snapshot", day))
+            contacts = table.filter(pc.and_(pc.is_in(table["group"], pa.array(groups)), pc.is_valid(table["channel"])))
+            at: Any = pc.index_in(contacts.column(0).combine_chunks(), keys)
+            counts += np.bincount(at.drop_null().to_numpy(), minlength=len(keys))
+    return counts >= cap.contacts
+
+
+def _granted(
+    campaign: Campaign,
+    consent: Consent,
+    keys: pa.Array,
+    channels: Sequence[str],
+    home: Home,
+    engine: Engine,
+    now: datetime,
+) -> Flags:
+    """Consents (n, C). The newest row of a customer and channel counts; of equally new ones a refusal."""
+    where = "contacts.consent"
+    names = {"key": consent.key or campaign.key, "granted": consent.granted}
+    names |= {k: v for k, v in (("channel", consent.channel), ("time", consent.time)) if v}
+    rows = _columns(campaign, where, consent, names, home, engine)
+    granted = coerce.key_text(rows.granted).lower().isin(list(consent.values)).fill_null(False)
+    at = ibis.literal(datetime(1970, 1, 1))
+    if consent.time:
+        at = coerce.utc_time(rows.time, None, f"{campaign.file}: {where}.time")
+    text = coerce.category(rows.channel) if consent.channel else ibis.literal("")
+    table = rows.select(key=coerce.key_text(rows.key), channel=text, granted=granted.cast("int8"), at=at)
+    table = engine.cache(table.filter(table.key.notnull()))
+    state = engine.arrow(table.aggregate(rows=table.count(), newest=table["at"].max())).to_pylist()[0]
+    if not state["rows"]:
+        raise DataContractError(f"{campaign.file}: {where}: table {consent.table!r} has no rows: nobody is contacted")
+    oldest = now - timedelta(days=consent.max_age_days)
+    if consent.time and (state["newest"] is None or state["newest"] < oldest):
+        raise DataContractError(
+            f"{campaign.file}: {where}: table {consent.table!r} is stale: its newest {consent.time!r} is "
+            f"{state['newest']}, {consent.max_age_days} days are allowed (max_age_days); nobody is contacted"
+        )
+    # A row without a time is older than any with one; a refusal sorts behind a consent of the same time.
+    order = [table["at"].fill_null(datetime(1, 1, 1)).desc(), table.granted.asc()]
+    rank = ibis.row_number().over(group_by=[table.key, table.channel], order_by=order)
+    newest = engine.arrow(table.mutate(rank=rank).filter(ibis._.rank == 0).select("key", "channel", "granted"))
+    found = np.zeros((len(keys), len(channels)), dtype=bool)
+    for i, channel in enumerate(channels):
+        of_channel = newest.filter(pc.equal(newest["channel"], channel)) if consent.channel else newest
+        found[:, i] = _in(keys, of_channel.filter(pc.equal(of_channel["granted"], 1)))
+    if consent.channel:  # a refusal that names no channel is one of all
+        general = newest.filter(pc.and_(pc.is_null(newest["channel"]), pc.equal(newest["granted"], 0)))
+        found[_in(keys, general)] = False
+    return found
+
+
+def _in(keys: pa.Array, table: pa.Table) -> Flags:
+    return np.asarray(pc.is_in(keys, table["key"].combine_chunks()).to_numpy(zero_copy_only=False))
+
+
+def _columns(
+    campaign: Campaign, where: str, register: Register, names: dict[str, str], home: Home, engine: Engine
+) -> ibis.Table:
+    """Columns of a register under names of ours, in the engine."""
+    table = open_register(campaign, where, register, home, engine)
+    for name in names.values():
+        if name not in table.columns:
+            raise ConfigError(
+                f"{campaign.file}: {where}: there is no column {name!r} in table {register.table!r}; there are "
+                f"{', '.join(table.columns)}"
+            )
+    selected = table.select(**{ours: table[name] for ours, name in names.items()})
+    with reading(f"{campaign.file}: {where}: table {register.table!r}"):
+        return fetch(selected, None, engine) if is_remote(selected, engine) else engine.cache(selected)
