@@ -20,6 +20,7 @@ from propensity_dagster.campaign_sections import (
     Contacts,
     Eligibility,
     EventSource,
+    Experiment,
     Explanations,
     Features,
     Fraction,
@@ -37,6 +38,7 @@ from propensity_dagster.campaign_sections import (
     TableSource,
     Target,
     Tiers,
+    Treatment,
     Value,
     require_known,
 )
@@ -71,6 +73,8 @@ class Campaign(Frozen):
     segments: tuple[str, ...] = ()
     tiers: Tiers = Tiers()
     holdout: Holdout = Holdout()
+    experiments: dict[Identifier, Experiment] = Field({})
+    treatment: Treatment | None = None
     explanations: Explanations = Explanations()
     target: Target | None = None
     schedule: Schedule = Schedule()
@@ -161,6 +165,17 @@ class EventCampaign(Campaign):
             require_known("contacts.limits", limit.segment, self.attributes)
         for name in self.holdout.strata:
             require_known("holdout.strata", name, self.attributes)
+        if self.treatment is not None:
+            require_known("treatment.column", self.treatment.column, self.attributes)
+            for name in self.treatment.without:
+                require_known("treatment.without", name, streams)
+        known = measured_sums(self.source)
+        for name, experiment in self.experiments.items():
+            for metric, stated in experiment.metrics.items():
+                for part in (stated.sum, stated.per):
+                    require_known(f"experiments.{name}.metrics.{metric}", part, known)
+            for segment in experiment.segments or ():
+                require_known(f"experiments.{name}.segments", segment, self.attributes)
         for name in self.monitoring.min_rows:
             require_known("monitoring.min_rows", name, streams)
         if self.outcome.minimum_amount is not None and streams[self.outcome.stream].amount is None:
@@ -224,6 +239,14 @@ class TableCampaign(Campaign):
         for name, reason in self.exclude.items():
             if not reason.strip():
                 raise ValueError(f"exclude.{name}: say why, for example 'known only after the call'")
+        if self.treatment is not None and self.treatment.column in self.exclude:
+            raise ValueError(
+                f"exclude: {self.treatment.column!r} is treatment.column: no model sees it, leave it out here"
+            )
+        if self.treatment is not None and self.treatment.without:
+            raise ValueError("treatment.without names event logs, which a table of decisions does not have")
+        if self.experiments:
+            raise ValueError("experiments are for event logs: a table of decisions has no days after an assignment")
         if self.split.folds and self.source.order:
             raise ValueError("split.folds mixes old and new rows: leave out either 'folds' or source.order")
         return self
@@ -237,6 +260,24 @@ class TableCampaign(Campaign):
     def attributes(self) -> dict[str, Attribute]:
         """What the file says of some columns."""
         return self.source.attributes
+
+    @property
+    def protected(self) -> tuple[str, ...]:
+        """Also the arm of a trial: rows to score have none yet."""
+        return (*super().protected, *([self.treatment.column] if self.treatment else []))
+
+
+def measured_sums(source: EventSource) -> dict[str, str]:
+    """What an experiment may measure, with its column of the activity table."""
+    found: dict[str, str] = {}
+    for name, stream in source.streams.items():
+        found[f"{name}.count"] = f"{name}__count"
+        if stream.amount:
+            found[f"{name}.amount"] = f"{name}__amount"
+        found |= {f"{name}.{measure}": f"{name}__{measure}" for measure in stream.measures}
+        if stream.type:
+            found |= {f"{name}.{kind}": f"{name}__type_{kind}" for kind in stream.types}
+    return found
 
 
 _SHAPES: dict[str, type[Campaign]] = {"events": EventCampaign, "table": TableCampaign}

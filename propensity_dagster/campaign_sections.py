@@ -462,6 +462,109 @@ class Contacts(Frozen):
         return self
 
 
+class Metric(Frozen):
+    """What is measured of a unit in the days after its assignment.
+
+    `sum` names what is added up, as stream.count, stream.amount, stream.<measure> or stream.<type>; with `per`, another
+    of these, it is the ratio of the two sums over all units of a variant.
+    """
+
+    sum: str
+    per: str | None = None
+    better: Literal["more", "less"] = "more"
+
+
+class Assignments(Register):
+    """A table of who was assigned to what, and when; one row a unit."""
+
+    variant: str
+    time: str
+
+
+CONVERSION = "conversion"
+
+
+class Experiment(Frozen):
+    """Variants that units get by lot, and what is to be compared. See experiments/.
+
+    Attributes:
+        units: whom it is about: contacts of an `audience`, all `scored` customers, customers whom the service answers
+            (`predictions`, whose variants are champion and challenger), or a table of assignments made elsewhere.
+        variants: with their shares; the first is the control.
+        starts: first day on which units are assigned.
+        ends: first day on which none is any more.
+        horizon_days: how long after its assignment a unit is measured; the outcome's, if absent.
+        metrics: besides `conversion`, the campaign's own outcome.
+        primary: the metric that decides.
+        guardrails: metrics that must not become worse.
+        minimum_effect: relative change of the primary metric that is worth finding.
+        planned_units: how many are expected; the always-valid intervals are tightest there.
+        alpha: chance of a false alarm.
+        power: chance of finding the minimum effect.
+        salt: of the assignment; the experiment's name, if absent.
+        segments: columns in whose values the effect is shown too; the campaign's, if absent.
+    """
+
+    units: Literal["audience", "scored", "predictions"] | Assignments
+    variants: dict[str, Annotated[float, Field(gt=0, lt=1)]]
+    starts: date
+    ends: date
+    horizon_days: Annotated[int, Field(gt=0)] | None = None
+    metrics: dict[Identifier, Metric] = {}
+    primary: Identifier = CONVERSION
+    guardrails: tuple[Identifier, ...] = ()
+    minimum_effect: Annotated[float, Field(gt=0)] = 0.05
+    planned_units: Positive = 10_000
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    power: Annotated[float, Field(gt=0.5, lt=1)] = 0.8
+    salt: str | None = None
+    segments: tuple[str, ...] | None = None
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _accept_sums(cls, value: object) -> object:
+        return (
+            {k: {"sum": v} if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Experiment":
+        if len(self.variants) < 2 or abs(sum(self.variants.values()) - 1) > 1e-9:
+            raise ValueError(f"variants must be two or more whose shares sum to 1, got {self.variants}")
+        if self.ends <= self.starts:
+            raise ValueError(f"ends must be after starts, got {self.starts} and {self.ends}")
+        if CONVERSION in self.metrics:
+            raise ValueError(f"metrics: {CONVERSION!r} is the campaign's own outcome: choose another name")
+        for name in (self.primary, *self.guardrails):
+            require_known("primary and guardrails", name, [CONVERSION, *self.metrics])
+        if self.primary in self.guardrails:
+            raise ValueError(f"guardrails: {self.primary!r} is the primary metric")
+        return self
+
+    @property
+    def control(self) -> str:
+        """The variant that the others are compared with."""
+        return next(iter(self.variants))
+
+
+class Treatment(Frozen):
+    """A treatment that was drawn by lot: what `uplift` is learnt from. See experiments/uplift.py.
+
+    Attributes:
+        column: of the arm of each row, an attribute or a column of the table.
+        control: its value for the untreated; rows with other values than the two are left out.
+        treated: its value for the treated.
+        share: of the treated, as it was drawn.
+        without: event logs that the treatment itself writes to: what is known from them is a consequence.
+    """
+
+    column: str
+    control: str
+    treated: str
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    without: tuple[str, ...] = ()
+
+
 class Tiers(Frozen):
     """Percentiles from which a customer is in the high and the medium tier."""
 

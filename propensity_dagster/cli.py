@@ -29,6 +29,10 @@ champion_app = typer.Typer(help="The model that serves: who it is, how it got th
 app.add_typer(champion_app, name="champion")
 key_app = typer.Typer(help="API keys of the service. Without any, only this machine may call.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
+experiment_app = typer.Typer(
+    help="Experiments of a campaign: how long they take, what they showed.", no_args_is_help=True
+)
+app.add_typer(experiment_app, name="experiment")
 alerts_app = typer.Typer(help="What somebody was told, or should be, and to whom.", no_args_is_help=True)
 app.add_typer(alerts_app, name="alerts")
 
@@ -298,6 +302,53 @@ def champion_rollback(
 
     publish_release(chosen, Home.from_environment(), store)
     print(f"{chosen.name}: version {event.version} is the champion again; before: version {event.previous}")
+
+
+@experiment_app.command("power")
+def experiment_power(
+    rate: Annotated[float, typer.Option(min=0, max=1, help="Conversion rate without the treatment.")],
+    effect: Annotated[float, typer.Option(min=0, help="Relative change worth finding: 0.1 is 10% more.")],
+    share: Annotated[float, typer.Option(min=0, max=1, help="Share of units that get the treatment.")] = 0.5,
+    daily: Annotated[float | None, typer.Option(min=0, help="New units a day.")] = None,
+    alpha: Annotated[float, typer.Option(min=0, max=0.5, help="Chance of a false alarm.")] = 0.05,
+    wanted: Annotated[float, typer.Option("--power", min=0.5, max=1, help="Chance of finding the effect.")] = 0.8,
+    explained: Annotated[float, typer.Option(min=0, max=1, help="Variance that the propensity score explains.")] = 0.0,
+    planned: Annotated[int, typer.Option(min=1, help="Units expected in all.")] = 10_000,
+) -> None:
+    """How many units, and days, it takes to find an effect on a conversion rate."""
+    from propensity_dagster.experiments.power import power
+
+    more = rate * (1 + effect)
+    found = power(
+        rate, rate * (1 - rate), effect, share, alpha, wanted, explained, daily, planned, treated=more * (1 - more)
+    )
+    days, peeking = (f", {n:,} days" if n is not None else "" for n in (found.days, found.days_peeking))
+    print(f"looked at once, at the end: {found.units:,} units{days}")
+    print(f"looked at every day (always-valid intervals): {found.units_peeking:,} units{peeking}")
+    print(f"with {planned:,} units, looked at once, an effect of {found.effect:.1%} is found")
+
+
+@experiment_app.command("readout")
+def experiment_readout(
+    campaign: CampaignArgument,
+    name: Annotated[str, typer.Argument(metavar="EXPERIMENT", help="Its name in the campaign file.")],
+) -> None:
+    """What an experiment shows so far: what happened, how sure, what to do. Writes its page."""
+    from propensity_dagster.campaign import EventCampaign
+    from propensity_dagster.experiments.measurement import publish_readout
+    from propensity_dagster.reports.experiment_page import publish_experiment_page
+    from propensity_dagster.runtime import Runtime
+
+    chosen, runtime = find_campaign(campaign), Runtime.from_environment()
+    if not isinstance(chosen, EventCampaign) or name not in chosen.experiments:
+        there = ", ".join(chosen.experiments) or "none"
+        raise ConfigError(f"{chosen.file}: there is no experiment {name!r}; there are {there}")
+    with runtime.engine() as engine:
+        record = publish_readout(chosen, name, runtime.home, engine)
+    words = record["recommendation"]
+    for part in ("happened", "sure", "do"):
+        print(words[part])
+    print(publish_experiment_page(chosen, name, record, runtime.home))
 
 
 @alerts_app.command("list")

@@ -14,6 +14,7 @@ import dagster as dg
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import asset_job, daily
 from propensity_dagster.components.contacting import contacting_tables
+from propensity_dagster.components.experiments import measured_tables
 from propensity_dagster.components.explaining import ABLATION, EXPLANATIONS
 from propensity_dagster.components.monitoring import monitored_tables
 from propensity_dagster.components.reporting import REPORT
@@ -107,8 +108,11 @@ def _table_automation(campaign: TableCampaign) -> dg.Definitions:
 
 
 def _monitoring_sensors(campaign: Campaign, score: Any, train: Any) -> list[dg.SensorDefinition]:
-    description = "Is the model still right? Drift, data quality, outcomes that are due, alerts, and the page."
-    monitor = asset_job(campaign, monitor_job_name(campaign), monitored_tables(), description, daily(campaign))
+    description = (
+        "Is the model still right, and what did it earn? Drift, quality, outcomes, alerts, experiments, pages."
+    )
+    tables = [*monitored_tables(), *measured_tables(campaign)]
+    monitor = asset_job(campaign, monitor_job_name(campaign), tables, description, daily(campaign))
     description = "The champion with a calibrator of the newest outcomes, as a new version; the gate decides."
     recalibrate = asset_job(campaign, f"{campaign.name}__recalibrate", [RECALIBRATED], description)
     return [_monitor_after_score(campaign, score, monitor), _react(campaign, train, recalibrate)]

@@ -9,6 +9,7 @@ from propensity_dagster.campaign import CAMPAIGNS, Campaign, EventCampaign, Tabl
 from propensity_dagster.components.automation import campaign_automation
 from propensity_dagster.components.contacting import contacting_assets
 from propensity_dagster.components.decisions import decision_assets
+from propensity_dagster.components.experiments import experiment_assets
 from propensity_dagster.components.explaining import ablation_asset, explanations_asset
 from propensity_dagster.components.ingestion import ingestion_assets
 from propensity_dagster.components.monitoring import monitoring_assets
@@ -59,6 +60,7 @@ def campaign_definitions(campaign: Campaign) -> dg.Definitions:
         *serving_assets(campaign),
         *monitoring_assets(campaign),
     ]
+    assets += experiment_assets(campaign)
     return dg.Definitions.merge(
         dg.Definitions(assets=assets), campaign_automation(campaign), serving_automation(campaign)
     )

@@ -103,13 +103,36 @@ def open_table(campaign: Campaign, table: str, home: Home, engine: Engine) -> ib
         return found
 
 
-def open_register(campaign: Campaign, where: str, register: Register, home: Home, engine: Engine) -> ibis.Table:
-    """A table about customers that is not part of the source's logs: consents, suppressed customers.
+def read_register(
+    campaign: Campaign, where: str, register: Register, names: Mapping[str, str], home: Home, engine: Engine
+) -> ibis.Table:
+    """Columns of a table about customers that is not part of the source's logs: consents, assignments.
+
+    Args:
+        campaign: whose.
+        where: its key in the campaign file, for messages.
+        register: which table.
+        names: column of the table by the name it is to have.
+        home: where a synthetic source is.
+        engine: where the rows go.
 
     Raises:
-        ConfigError: when it is not there.
+        ConfigError: when the table, or a column, is not there.
         SourceError: when it cannot be read.
     """
+    table = _open_register(campaign, where, register, home, engine)
+    for name in names.values():
+        if name not in table.columns:
+            raise ConfigError(
+                f"{campaign.file}: {where}: there is no column {name!r} in table {register.table!r}; there are "
+                f"{', '.join(table.columns)}"
+            )
+    selected = table.select(**{ours: table[name] for ours, name in names.items()})
+    with reading(f"{campaign.file}: {where}: table {register.table!r}"):
+        return fetch(selected, None, engine) if is_remote(selected, engine) else engine.cache(selected)
+
+
+def _open_register(campaign: Campaign, where: str, register: Register, home: Home, engine: Engine) -> ibis.Table:
     if register.connection is None:
         if campaign.source.connection is None:
             raise ConfigError(f"{campaign.file}: {where} needs a 'connection': the source is a single file")

@@ -43,7 +43,8 @@ class TreesScorer:
 class LightGBMEstimator:
     """Gradient-boosted trees with early stopping on the validation rows.
 
-    Snapshots repeat an entity, so leaves must be large: 26 weekly rows of one customer are not 26 witnesses.
+    Snapshots repeat an entity, so leaves must be large: 26 weekly rows of one customer are not 26 witnesses. With the
+    objective "regression" outcomes are any numbers, and the scorer's log-odds are their forecasts.
     """
 
     learning_rate: float = 0.05
@@ -56,6 +57,7 @@ class LightGBMEstimator:
     patience: int = 60
     seed: int = 0
     monotone: Mapping[str, int] = field(default_factory=dict[str, int])
+    objective: str = "binary"
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
         """Boost until the validation log loss has not fallen for `patience` rounds."""
@@ -90,8 +92,8 @@ class LightGBMEstimator:
         constraints = {"monotone_constraints": signs, "monotone_constraints_method": "intermediate"}
         return {
             **(constraints if any(signs) else {}),
-            "objective": "binary",
-            "metric": "binary_logloss",
+            "objective": self.objective,
+            "metric": {"binary": "binary_logloss", "regression": "l2"}[self.objective],
             "learning_rate": self.learning_rate,
             "num_leaves": self.num_leaves,
             # A leaf must not hold most of a small training set.

@@ -19,8 +19,9 @@ def template(name: str) -> Any:
         loader=FunctionLoader(_source),
     )
     environment.filters.update(
-        number=number, interval=interval, percent=percent, plain=plain, label=label, money=money, found=_found
-    )
+        number=number, interval=interval, percent=percent, plain=plain, label=label, money=money, found=_found,
+        signed_percent=_signed_percent,
+    )  # fmt: skip
     return environment.get_template(name)
 
 
@@ -43,6 +44,11 @@ def interval(found: Mapping[str, float | None], digits: int, *, signed: bool = F
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage, or a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}%}"
+
+
+def _signed_percent(value: float) -> str:
+    """A change, with its sign."""
+    return f"{value:+.1%}"
 
 
 def money(value: float | None) -> str:

@@ -20,14 +20,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from propensity_dagster.campaign import Campaign
-from propensity_dagster.campaign_sections import Consent, Register
+from propensity_dagster.campaign_sections import Consent
 from propensity_dagster.data import coerce
-from propensity_dagster.data.connections import reading
 from propensity_dagster.data.days import pc
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
-from propensity_dagster.data.remote import fetch
-from propensity_dagster.data.sources import is_remote, open_register
+from propensity_dagster.data.sources import read_register
 from propensity_dagster.errors import ConfigError, DataContractError
 from propensity_dagster.scoring.audiences import AUDIENCE, CONTACT, HELD, RANDOM, delivered_audiences
 
@@ -77,7 +75,7 @@ def permission(
         found = found.without(~_granted(campaign, consent, keys, channels, home, engine, now), "no consent")
     for i, register in enumerate(campaign.contacts.suppression):
         where = f"contacts.suppression.{i}"
-        listed = _columns(campaign, where, register, {"key": register.key or campaign.key}, home, engine)
+        listed = read_register(campaign, where, register, {"key": register.key or campaign.key}, home, engine)
         table = engine.arrow(listed.select(key=coerce.key_text(listed.key)).filter(ibis._.key.notnull()).distinct())
         suppressed = pc.is_in(keys, table["key"].combine_chunks()).to_numpy(zero_copy_only=False)
         found = found.without(np.asarray(suppressed), f"listed in {register.table}")
@@ -120,7 +118,7 @@ def _granted(
     where = "contacts.consent"
     names = {"key": consent.key or campaign.key, "granted": consent.granted}
     names |= {k: v for k, v in (("channel", consent.channel), ("time", consent.time)) if v}
-    rows = _columns(campaign, where, consent, names, home, engine)
+    rows = read_register(campaign, where, consent, names, home, engine)
     granted = coerce.key_text(rows.granted).lower().isin(list(consent.values)).fill_null(False)
     at = ibis.literal(datetime(1970, 1, 1))
     if consent.time:
@@ -153,19 +151,3 @@ def _granted(
 
 def _in(keys: pa.Array, table: pa.Table) -> Flags:
     return np.asarray(pc.is_in(keys, table["key"].combine_chunks()).to_numpy(zero_copy_only=False))
-
-
-def _columns(
-    campaign: Campaign, where: str, register: Register, names: dict[str, str], home: Home, engine: Engine
-) -> ibis.Table:
-    """Columns of a register under names of ours, in the engine."""
-    table = open_register(campaign, where, register, home, engine)
-    for name in names.values():
-        if name not in table.columns:
-            raise ConfigError(
-                f"{campaign.file}: {where}: there is no column {name!r} in table {register.table!r}; there are "
-                f"{', '.join(table.columns)}"
-            )
-    selected = table.select(**{ours: table[name] for ours, name in names.items()})
-    with reading(f"{campaign.file}: {where}: table {register.table!r}"):
-        return fetch(selected, None, engine) if is_remote(selected, engine) else engine.cache(selected)

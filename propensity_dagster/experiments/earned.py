@@ -1,0 +1,199 @@
+"""What contacts earned: contacted customers against their like who were held back, by tenth of the score and in all.
+
+A customer who would have bought anyway converts in the holdout too, so only the difference was earned. Rows of one
+customer at several snapshots are not independent: errors are clustered by customer. Belongs here: the comparison and
+the ledger of expected against incremental. Does not: who was held, or the page.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.days import pc
+from propensity_dagster.data.lake import Home, Lake, publish_text
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+EARNED = "earned"
+MIN_HELD = 30
+_Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Contacts (n rows) with their outcomes: who was treated, and what is known of each beforehand.
+
+    Attributes:
+        y: 1 for a conversion (n,).
+        treated: whether the customer was contacted (n,), else held.
+        p: probability that was forecast (n,).
+        entity: code of the customer (n,), from 0.
+        cost: of the contact (n,), or what it would have been.
+    """
+
+    y: Floats
+    treated: NDArray[np.bool_]
+    p: Floats
+    entity: Ints
+    cost: Floats
+
+    def rows(self, which: NDArray[np.bool_]) -> "Compared":
+        """Some of the rows."""
+        return Compared(self.y[which], self.treated[which], self.p[which], self.entity[which], self.cost[which])
+
+
+def effect(rows: Compared) -> tuple[float, float] | None:
+    """Effect of a contact on the probability to convert, and its standard error.
+
+    The difference of the mean outcomes of contacted and held, each adjusted by the forecast probability (CUPED: Deng et
+    al. 2013), with errors clustered by customer (Liang and Zeger 1986). None where either side is too small.
+    """
+    n, m = int(rows.treated.sum()), int((~rows.treated).sum())
+    if min(n, m) < MIN_HELD:
+        return None
+    centred = rows.p - rows.p.mean()
+    spread = centred @ centred
+    slope = float(centred @ rows.y / spread) if spread > 0 else 0.0
+    adjusted = rows.y - slope * centred
+    means = adjusted[rows.treated].mean(), adjusted[~rows.treated].mean()
+    # Each row's part of the difference; the parts of a customer are summed before they are squared.
+    part = np.where(rows.treated, (adjusted - means[0]) / n, -(adjusted - means[1]) / m)
+    sums = np.bincount(rows.entity, weights=part)
+    clusters = int((np.bincount(rows.entity) > 0).sum())
+    error = float(np.sqrt(sums @ sums * clusters / (clusters - 1)))
+    return float(means[0] - means[1]), error
+
+
+def earned_of(rows: Compared, margin: float) -> dict[str, Any]:
+    """What the contacts of these rows brought beyond what would have come anyway, with 95% intervals.
+
+    Returns:
+        Plain data: contacts, held, conversions (observed among contacts), expected (by the forecast), cost, and unless
+        there are too few: effect, incremental_conversions, incremental_profit, return_on_cost.
+    """
+    contacts = rows.treated
+    found: dict[str, Any] = {
+        "contacts": int(contacts.sum()),
+        "held": int((~contacts).sum()),
+        "conversions": int(rows.y[contacts].sum()),
+        "held_conversions": int(rows.y[~contacts].sum()),
+        "expected": float(rows.p[contacts].sum()),
+        "cost": float(rows.cost[contacts].sum()),
+        "effect": None,
+        "incremental_conversions": None,
+        "incremental_profit": None,
+        "return_on_cost": None,
+    }
+    measured = effect(rows)
+    if measured is None:
+        return found
+    value, error = measured
+    per_contact = np.array([value, value - _Z95 * error, value + _Z95 * error])
+    conversions = per_contact * found["contacts"]
+    profit = conversions * margin - found["cost"]
+    found |= {
+        "effect": _interval(per_contact),
+        "incremental_conversions": _interval(conversions),
+        "incremental_profit": _interval(profit),
+    }
+    if found["cost"] > 0:
+        found["return_on_cost"] = _interval(profit / found["cost"])
+    return found
+
+
+def publish_earned(campaign: Campaign, home: Home) -> dict[str, Any]:
+    """Compare every audience whose outcomes are known, and publish the record as JSON. Returns it.
+
+    Returns:
+        Plain data: `total`, `deciles`, `snapshots` (the ledger), `random` (contacts by lot below the cut-off), `model`
+        (how much more a chosen contact brings than one by lot), `waiting` (audiences whose outcomes are not known yet).
+    """
+    from propensity_dagster.scoring.audiences import CONTACT, HELD, RANDOM, RANDOM_HELD, delivered_audiences
+
+    lake = home.lake(campaign.name)
+    days = delivered_audiences(lake)
+    known = [day for day in days if lake.partition("outcomes", "snapshot", day).exists()]
+    table = pa.concat_tables([_with_outcomes(campaign, lake, day) for day in known]) if known else None
+    margin = campaign.value.margin_per_conversion
+    record: dict[str, Any] = {"campaign": campaign.name, "waiting": [str(d) for d in days if d not in known]}
+    if table is None:
+        return _published(record, campaign, home)
+    group = table["group"].to_numpy(zero_copy_only=False)
+    compared = _compared(table, campaign.key, np.isin(group, (CONTACT, RANDOM)))
+    chosen, by_lot = np.isin(group, (CONTACT, HELD)), np.isin(group, (RANDOM, RANDOM_HELD))
+    decile = table["decile"].to_numpy()
+    snapshot = table["snapshot"].to_numpy().astype("datetime64[D]")
+    record |= {
+        "total": earned_of(compared.rows(chosen), margin),
+        "deciles": [
+            {"decile": int(d), **earned_of(compared.rows(chosen & (decile == d)), margin)}
+            for d in np.unique(decile[chosen])
+        ],
+        "snapshots": [
+            {"snapshot": str(day), **earned_of(compared.rows(chosen & (snapshot == np.datetime64(day))), margin)}
+            for day in known
+        ],
+    }
+    if by_lot.any():
+        record["random"] = earned_of(compared.rows(by_lot), margin)
+        record["model"] = _worth_of_the_model(compared, chosen, by_lot, margin)
+    return _published(record, campaign, home)
+
+
+def read_earned(campaign: Campaign, home: Home) -> dict[str, Any] | None:
+    """The record, or None before it was published."""
+    file = home.reports(campaign.name) / "earned.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _worth_of_the_model(
+    compared: Compared, chosen: NDArray[np.bool_], by_lot: NDArray[np.bool_], margin: float
+) -> dict[str, Any] | None:
+    """Effect of a chosen contact less that of one by lot, and what that is in money for all chosen contacts."""
+    best, lot = effect(compared.rows(chosen)), effect(compared.rows(by_lot))
+    if best is None or lot is None:
+        return None
+    value, error = best[0] - lot[0], float(np.hypot(best[1], lot[1]))
+    per_contact = np.array([value, value - _Z95 * error, value + _Z95 * error])
+    contacts = int((chosen & compared.treated).sum())
+    return {"effect": _interval(per_contact), "profit": _interval(per_contact * contacts * margin)}
+
+
+def _with_outcomes(campaign: Campaign, lake: Lake, day: date) -> pa.Table:
+    """The audience of a snapshot with `converted`; rows whose outcome is not known are left out."""
+    audience = pq.read_table(lake.partition("audience", "snapshot", day))
+    outcomes = pq.read_table(lake.partition("outcomes", "snapshot", day), columns=[campaign.key, "converted"])
+    at: Any = pc.index_in(audience[campaign.key].combine_chunks(), outcomes[campaign.key].combine_chunks())
+    table = audience.append_column("converted", outcomes["converted"].take(at))
+    return table.filter(pc.is_valid(table["converted"])).select(
+        [campaign.key, "snapshot", "group", "probability", "decile", "cost", "converted"]
+    )
+
+
+def _compared(table: pa.Table, key: str, treated: NDArray[np.bool_]) -> Compared:
+    entity: Any = table[key].combine_chunks().dictionary_encode().indices
+    return Compared(
+        y=table["converted"].cast("float64").to_numpy(),
+        treated=treated,
+        p=table["probability"].to_numpy(),
+        entity=entity.to_numpy().astype(np.int64),
+        cost=table["cost"].to_numpy(),
+    )
+
+
+def _published(record: dict[str, Any], campaign: Campaign, home: Home) -> dict[str, Any]:
+    publish_text(json.dumps(record, indent=1), home.reports(campaign.name) / "earned.json")
+    return record
+
+
+def _interval(values: Floats) -> Mapping[str, float]:
+    return {"value": float(values[0]), "low": float(values[1]), "high": float(values[2])}

@@ -1,0 +1,162 @@
+"""Models of what a treatment changes, from trees of the one estimator: T-, X- and DR-learner, transformed outcome.
+
+Belongs here: fitting and saving them. Does not: whether they are any good, which evaluation/uplift.py says.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from propensity_dagster.manifest import read_verified, write_manifest
+from propensity_dagster.models.calibration import Floats
+from propensity_dagster.models.dataset import Dataset, FeatureContract
+from propensity_dagster.models.trees import LightGBMEstimator, TreesScorer
+
+Flags = NDArray[np.bool_]
+LEARNERS = ("t_learner", "x_learner", "dr_learner", "transformed_outcome")
+_FORMAT, _FILE = 1, "uplift.json"
+
+
+@dataclass(frozen=True)
+class UpliftModel:
+    """What the treatment adds to the probability of a conversion.
+
+    Attributes:
+        learner: its name in `LEARNERS`.
+        scorers: trees by their role.
+        share: of the treated among the training rows.
+    """
+
+    learner: str
+    scorers: Mapping[str, TreesScorer]
+    share: float
+
+    def effect(self, X: Floats) -> Floats:
+        """Effect (n,) on the probability, for encoded rows (n, p)."""
+        raw = {role: scorer.log_odds(X) for role, scorer in self.scorers.items()}
+        if self.learner == "t_learner":
+            return expit(raw["treated"]) - expit(raw["control"])
+        if self.learner == "x_learner":
+            return self.share * raw["of_control"] + (1 - self.share) * raw["of_treated"]
+        return raw["effect"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Rows of a randomised trial and who was treated (n,)."""
+
+    rows: Dataset
+    treated: Flags
+
+    def arm(self, treated: bool) -> Dataset:
+        """The rows of one arm."""
+        return self.rows.rows(self.treated == treated)
+
+    def part(self, chosen: Flags) -> "Trial":
+        """Some of the rows (n,)."""
+        return Trial(self.rows.rows(chosen), self.treated[chosen])
+
+
+def fit_learners(train: Trial, validate: Trial, seed: int) -> dict[str, UpliftModel]:
+    """One model of each of `LEARNERS`; validation rows are for early stopping only."""
+    share = float(train.treated.mean())
+    arms = _arms(train, validate, seed)
+    scorers = {
+        "t_learner": arms,
+        "x_learner": _x_learner(train, validate, arms, seed),
+        "dr_learner": _dr_learner(train, validate, share, seed),
+        "transformed_outcome": _transformed_outcome(train, validate, share, seed),
+    }
+    return {name: UpliftModel(name, scorers[name], share) for name in LEARNERS}
+
+
+def _arms(train: Trial, validate: Trial, seed: int) -> dict[str, TreesScorer]:
+    """Two models of the outcome, one an arm: alone they are the T-learner (Künzel et al. 2019)."""
+    return {name: _outcome(train, validate, arm, seed) for name, arm in (("treated", True), ("control", False))}
+
+
+def _x_learner(train: Trial, validate: Trial, arms: Mapping[str, TreesScorer], seed: int) -> dict[str, TreesScorer]:
+    """Each arm's outcomes less what the other arm's model says of them, regressed (Künzel et al. 2019)."""
+
+    def imputed(trial: Trial, arm: bool) -> Dataset:
+        rows = trial.arm(arm)
+        other = expit(arms["control" if arm else "treated"].log_odds(rows.X))
+        return replace(rows, y=rows.y - other if arm else other - rows.y)
+
+    return {
+        role: _regression(imputed(train, arm), imputed(validate, arm), seed)
+        for role, arm in (("of_treated", True), ("of_control", False))
+    }
+
+
+def _dr_learner(train: Trial, validate: Trial, share: float, seed: int) -> dict[str, TreesScorer]:
+    """Doubly robust scores, cross-fitted in two halves of the entities, regressed (Kennedy 2023)."""
+    half = train.rows.fold % 2 == 0
+    stages = [_arms(train.part(part), validate, seed) for part in (half, ~half)]
+
+    def scores(trial: Trial, arms: Mapping[str, TreesScorer]) -> Floats:
+        means = {name: expit(scorer.log_odds(trial.rows.X)) for name, scorer in arms.items()}
+        y, t = trial.rows.y, trial.treated
+        residual = np.where(t, (y - means["treated"]) / share, -(y - means["control"]) / (1 - share))
+        return means["treated"] - means["control"] + residual
+
+    psi = np.where(half, scores(train, stages[1]), scores(train, stages[0]))
+    held = (scores(validate, stages[0]) + scores(validate, stages[1])) / 2
+    return {"effect": _regression(replace(train.rows, y=psi), replace(validate.rows, y=held), seed)}
+
+
+def _transformed_outcome(train: Trial, validate: Trial, share: float, seed: int) -> dict[str, TreesScorer]:
+    """A target whose mean is the effect, regressed (Athey and Imbens 2016)."""
+
+    def transformed(trial: Trial) -> Dataset:
+        y = trial.rows.y
+        return replace(trial.rows, y=np.where(trial.treated, y / share, -y / (1 - share)))
+
+    return {"effect": _regression(transformed(train), transformed(validate), seed)}
+
+
+def _outcome(train: Trial, validate: Trial, arm: bool, seed: int) -> TreesScorer:
+    return _fitted(LightGBMEstimator(seed=seed), train.arm(arm), validate.arm(arm))
+
+
+def _regression(train: Dataset, validate: Dataset, seed: int) -> TreesScorer:
+    return _fitted(LightGBMEstimator(seed=seed, objective="regression"), train, validate)
+
+
+def _fitted(estimator: LightGBMEstimator, train: Dataset, validate: Dataset) -> TreesScorer:
+    scorer: Any = estimator.fit(train, validate).scorer
+    return scorer
+
+
+def write_uplift(models: list[UpliftModel], contract: FeatureContract, folder: Path) -> None:
+    """Write models whose mean effect is used into `folder`; the caller publishes it. No pickle, checksums beside."""
+    described = []
+    for i, model in enumerate(models):
+        for role, scorer in model.scorers.items():
+            place = folder / f"{i}_{role}"
+            place.mkdir(parents=True)
+            scorer.save(place)
+        described.append({"learner": model.learner, "share": model.share, "roles": list(model.scorers)})
+    content = {"contract": contract.to_json(), "models": described}
+    (folder / _FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_manifest(folder, _FORMAT)
+
+
+def read_uplift(folder: Path) -> tuple[list[UpliftModel], FeatureContract]:
+    """Inverse of `write_uplift`.
+
+    Raises:
+        SavedModelError: when the folder is cut short or was tampered with.
+    """
+    content = read_verified(folder, _FORMAT, _FILE)
+    models = [
+        UpliftModel(m["learner"], {r: TreesScorer.load(folder / f"{i}_{r}", {}) for r in m["roles"]}, m["share"])
+        for i, m in enumerate(content["models"])
+    ]
+    return models, FeatureContract.from_json(content["contract"])
