@@ -121,6 +121,38 @@ def audience(
 
 
 @app.command()
+def erase(
+    person: Annotated[str, typer.Argument(metavar="ID", help="Key of the person, as in the source.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Erase; without it, only show what would be.")] = False,
+) -> None:
+    """Erase a person from every campaign: tables, scores, audiences, online store, logs. Shows first; --yes erases."""
+    from propensity_dagster.erasure import erase_person, find_person
+
+    home, store = Home.from_environment(), _store()
+    campaigns = load_campaigns(Path(os.environ.get(CAMPAIGNS) or SHIPPED))
+    found = erase_person(person, campaigns, home, store) if yes else find_person(person, campaigns, home, store)
+    table = Table(title="erased" if yes else "would be erased", title_justify="left")
+    for column in ("campaign", "where", "files", "rows"):
+        table.add_column(column)
+    groups = dict.fromkeys((place.campaign, place.table) for place in found.places)
+    for campaign, where in groups:
+        of_group = [p for p in found.places if (p.campaign, p.table) == (campaign, where)]
+        table.add_row(campaign, where, f"{len(of_group):,}", f"{sum(p.rows for p in of_group):,}")
+    _console().print(table)
+    for name, versions in found.models.items():
+        print(f"{name}: trained on the person: version {', '.join(versions)}; a new training is not")
+    for words in found.outside:
+        print(f"outside the home folder, to be erased there: {words}")
+    if yes:
+        print(
+            f"{found.rows:,} rows erased; a search over {home.root} finds {found.left}. "
+            "Ingestion leaves the person out."
+        )
+    else:
+        print(f"{found.rows:,} rows in {len(found.places):,} files; nothing was changed. To erase: add --yes")
+
+
+@app.command()
 def doctor(
     campaign: CampaignArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

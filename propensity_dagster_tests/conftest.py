@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -16,6 +17,7 @@ import yaml
 
 from propensity_dagster.campaign import Campaign, load_campaign
 from propensity_dagster.data.lake import Home
+from propensity_dagster_tests.served import free_port, wait_until
 
 _MEMORY, _ROOM = Path("/dev/shm"), 12 << 30
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -134,6 +136,18 @@ models:
   - neural_network: {max_epochs: 2}
   - ensemble
 value: {margin_per_conversion: 22.5, cost_per_contact: 0.4}
+contacts:
+  consent: {table: consents, granted: granted}
+  random: 20
+  exports: [{name: crm, kind: csv}]
+experiments:
+  wording:
+    units: scored
+    variants: {control: 0.5, warm: 0.5}
+    starts: 2024-07-01
+    ends: 2024-12-01
+    metrics: {revenue: orders.amount, opens: {sum: emails.open, per: emails.sent}}
+    guardrails: [opens]
 explanations:
   hidden: [visits_recency_days]
   sentences: {visits_pages_sum_90d: "viewed {value} pages in the last 90 days, typically {typical}"}
@@ -248,3 +262,28 @@ def registered(all_registered: Registered, tmp_path: Path) -> Registered:
     """The same, for one test to change."""
     shutil.copytree(all_registered.home.root, tmp_path / "home")
     return Registered(all_registered.campaign, Home(tmp_path / "home"), all_registered.file, all_registered.versions)
+
+
+@pytest.fixture
+def redis_url(tmp_path):
+    """A real server, where one is installed."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    port = free_port()
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
+    import redis
+
+    client = redis.Redis(port=port)
+
+    def answers() -> bool:
+        try:
+            return client.ping()
+        except redis.exceptions.ConnectionError:
+            return False
+
+    wait_until(answers)
+    yield f"redis://127.0.0.1:{port}/0", process
+    process.terminate()
+    process.wait()

@@ -125,7 +125,29 @@ def test_thresholds_equal_counting():
         profit = y[chosen].sum() * value.margin_per_conversion - chosen.sum() * value.cost_per_contact
         assert row["profit_per_thousand"]["value"] == pytest.approx(1000 * profit / len(y))
         assert row["profit_per_thousand"]["low"] < profit * 1000 / len(y) < row["profit_per_thousand"]["high"]
+        by_lot = chosen.sum() * (y.mean() * value.margin_per_conversion - value.cost_per_contact)
+        everybody = y.sum() * value.margin_per_conversion - len(y) * value.cost_per_contact
+        assert row["more_than_random"]["value"] == pytest.approx(1000 * (profit - by_lot) / len(y))
+        assert row["more_than_all"]["value"] == pytest.approx(1000 * (profit - everybody) / len(y))
+        if value.cost_per_contact:
+            assert row["return_on_cost"]["value"] == pytest.approx(profit / (chosen.sum() * value.cost_per_contact))
     assert found[-1]["contacted"]["value"] == 1
+    assert found[-1]["more_than_random"]["value"] == pytest.approx(0, abs=1e-9)
+    assert found[-1]["more_than_all"]["value"] == pytest.approx(0, abs=1e-9)
+
+
+def test_reaching_a_share_of_the_converters_equals_counting():
+    judged = scores()
+    record = evaluate(CAMPAIGN, judged, "lightgbm", 0.0, FACTS, replicates=50).record
+    y = judged.y[np.argsort(-judged.log_odds["lightgbm"])]
+    for row in record["reach"]:
+        needed = np.searchsorted(np.cumsum(y), row["converters"] * y.sum()) + 1
+        assert row["contacted"]["value"] == pytest.approx(needed / len(y), abs=0.002)
+        assert row["contacted"]["low"] < row["contacted"]["value"] < row["contacted"]["high"]
+        cost = 1000 * CAMPAIGN.value.cost_per_contact
+        assert row["cost_per_thousand"]["value"] + row["saved_per_thousand"]["value"] == pytest.approx(cost)
+    for segment in record["segments"]["lightgbm"].values():
+        assert segment["more_than_random"]["low"] > 0, "the ranking is worth something in every segment"
 
 
 def test_periods_and_distribution_hold_every_row():

@@ -525,31 +525,6 @@ def test_several_campaigns_in_one_process(registered):
 # Redis
 
 
-@pytest.fixture
-def redis_url(tmp_path):
-    """A real server, where one is installed."""
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    port = free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    process = subprocess.Popen([binary, *options], stdout=subprocess.DEVNULL)
-    import redis
-
-    client = redis.Redis(port=port)
-
-    def answers() -> bool:
-        try:
-            return client.ping()
-        except redis.exceptions.ConnectionError:
-            return False
-
-    wait_until(answers)
-    yield f"redis://127.0.0.1:{port}/0", process
-    process.terminate()
-    process.wait()
-
-
 def test_online_features_in_redis(registered, redis_url):
     url, server = redis_url
     campaign, home = registered.campaign, registered.home

@@ -14,7 +14,7 @@ import dagster as dg
 from propensity_dagster.campaign import Campaign, EventCampaign, TableCampaign
 from propensity_dagster.components.common import asset_job, daily
 from propensity_dagster.components.contacting import contacting_tables
-from propensity_dagster.components.experiments import measured_tables
+from propensity_dagster.components.experiments import learnt_tables, measured_tables
 from propensity_dagster.components.explaining import ABLATION, EXPLANATIONS
 from propensity_dagster.components.monitoring import monitored_tables
 from propensity_dagster.components.reporting import REPORT
@@ -128,6 +128,7 @@ def _train_job(campaign: Campaign, before: list[str]) -> Any:
         "champion",
         EXPLANATIONS,
         REPORT,
+        *learnt_tables(campaign),
     ]
     description = "Train every candidate, judge them, promote if earned, explain the champion, write the report."
     return asset_job(campaign, train_job_name(campaign), tables, description)

@@ -9,9 +9,11 @@ from propensity_dagster.components.common import checked, key, user_errors, warn
 from propensity_dagster.errors import InsufficientDataError
 from propensity_dagster.experiments.earned import EARNED, publish_earned
 from propensity_dagster.experiments.measurement import publish_readout
+from propensity_dagster.experiments.uplift import UPLIFT, publish_uplift
 from propensity_dagster.monitoring.ledger import LEDGER
 from propensity_dagster.reports.experiment_page import publish_earned_page, publish_experiment_page
 from propensity_dagster.reports.site import report_url
+from propensity_dagster.reports.uplift_page import describe_uplift, publish_uplift_page
 from propensity_dagster.runtime import Runtime
 
 EXPERIMENTS = "experiments"
@@ -19,7 +21,7 @@ EXPERIMENTS = "experiments"
 
 def experiment_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
     """ledger -> earned; one readout an experiment."""
-    assets = [_earned(campaign)]
+    assets = [_earned(campaign), *([_uplift(campaign)] if campaign.treatment else [])]
     if isinstance(campaign, EventCampaign):
         assets += [_readout(campaign, name) for name in campaign.experiments]
     return assets
@@ -28,6 +30,11 @@ def experiment_assets(campaign: Campaign) -> list[dg.AssetsDefinition]:
 def measured_tables(campaign: Campaign) -> list[str]:
     """What is measured again after each night's monitoring."""
     return [EARNED, *(_table(name) for name in campaign.experiments)]
+
+
+def learnt_tables(campaign: Campaign) -> list[str]:
+    """What is learnt with every training, besides the models."""
+    return [UPLIFT] if campaign.treatment else []
 
 
 def _table(name: str) -> str:
@@ -57,6 +64,45 @@ def _earned(campaign: Campaign) -> dg.AssetsDefinition:
         return dg.MaterializeResult(metadata={**shown, "page": url})
 
     return earned
+
+
+def _uplift(campaign: Campaign) -> dg.AssetsDefinition:
+    asset = key(campaign, UPLIFT)
+
+    @dg.asset(
+        key=asset,
+        deps=[key(campaign, "training_set")],
+        group_name=EXPERIMENTS,
+        check_specs=[warning("beats_propensity", asset, "choosing by uplift is better than choosing by propensity")],
+        description="Whom the treatment changes; used to choose an audience only if it beats propensity.",
+        kinds={"lightgbm", "html"},
+    )
+    @user_errors
+    def uplift(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
+        record = publish_uplift(campaign, runtime.home)
+        page = publish_uplift_page(campaign, record, runtime.home)
+        decision = record["decision"]
+        return dg.MaterializeResult(
+            metadata={
+                "decision": describe_uplift(record),
+                "rank_by": decision["rank_by"],
+                "qini_uplift": record["rankings"]["uplift"]["qini"]["value"],
+                "qini_propensity": record["rankings"]["propensity"]["qini"]["value"],
+                "learners": ", ".join(record["learners"]),
+                "page": dg.MetadataValue.url(report_url(campaign.name, page.name)),
+            },
+            check_results=[
+                checked(
+                    asset,
+                    "beats_propensity",
+                    decision["rank_by"] == UPLIFT,
+                    warn=True,
+                    lower_bound=decision["lower_bound"],
+                )
+            ],
+        )
+
+    return uplift
 
 
 def _readout(campaign: EventCampaign, name: str) -> dg.AssetsDefinition:

@@ -29,6 +29,7 @@ from propensity_dagster.data.files import files_in
 from propensity_dagster.data.lake import Home, publishing
 from propensity_dagster.data.quarantine import REASON, count_violations, reason_for
 from propensity_dagster.data.sources import open_decisions, open_place, select_declared
+from propensity_dagster.data.tombstones import without_erased
 from propensity_dagster.data.validate import NUMBER_SHARE, ValidationReport, require_few_bad_rows
 from propensity_dagster.errors import ConfigError, DataContractError, InsufficientDataError
 
@@ -67,7 +68,7 @@ def ingest_decisions(campaign: TableCampaign, home: Home, engine: Engine) -> int
         source = open_decisions(campaign, home, engine)
         declared = [campaign.outcome.column, *_order_column(campaign), *_columns(campaign, source)]
         file = home.lake(campaign.name).file(f"raw_{DECISIONS}")
-        rows = _publish_raw(campaign, source, declared, file, engine, campaign.source.where)
+        rows = _publish_raw(campaign, source, declared, file, home, engine, campaign.source.where)
     if rows == 0:
         raise InsufficientDataError(f"{campaign.file}: source: the table has no rows that pass its filter")
     logger.info("raw_%s: %s rows", DECISIONS, f"{rows:,}")
@@ -324,11 +325,14 @@ def _publish_raw(
     source: ibis.Table,
     declared: Sequence[str],
     file: Path,
+    home: Home,
     engine: Engine,
     where: str | None = None,
 ) -> int:
     names, derive = list(dict.fromkeys(declared)), campaign.source.derive
     table = select_declared(campaign, "source", source, engine, names, derive, where, number_rows=True)
+    if campaign.source.key is not None:
+        table = without_erased(table, campaign.source.key, home)
     engine.publish(table, file)
     return pq.read_metadata(file).num_rows
 
@@ -346,7 +350,7 @@ def _collect_new_rows(
             present |= found
             keys = [campaign.source.key] if campaign.source.key else []
             part = engine.scratch / f"new_rows_{number}.parquet"
-            _publish_raw(campaign, source, [*keys, *(name for name in types if name in found)], part, engine)
+            _publish_raw(campaign, source, [*keys, *(name for name in types if name in found)], part, home, engine)
             table = engine.read(part)
             if not campaign.source.key and len(places) > 1:  # row numbers of two files are the same
                 prefix = ibis.literal(f"{Path(place).stem}:")

@@ -25,6 +25,7 @@ from propensity_dagster.data.days import TimeRange, day_index, days_between, pub
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home, Lake, publish_table, publish_text
 from propensity_dagster.data.sources import campaign_calendar, is_remote, open_table, select_declared
+from propensity_dagster.data.tombstones import without_erased
 from propensity_dagster.errors import DataContractError, InsufficientDataError
 
 logger = logging.getLogger(__name__)
@@ -183,7 +184,8 @@ def declared_stream(
         declared += list(campaign.source.entities.attributes)
     source = open_table(campaign, stream.table, home, engine)
     where = f"source.streams.{name}"
-    return source, select_declared(campaign, where, source, engine, declared, stream.derive, stream.where, within)
+    table = select_declared(campaign, where, source, engine, declared, stream.derive, stream.where, within)
+    return source, without_erased(table, key, home)
 
 
 def declared_entities(campaign: EventCampaign, home: Home, engine: Engine) -> ibis.Table:
@@ -192,7 +194,8 @@ def declared_entities(campaign: EventCampaign, home: Home, engine: Engine) -> ib
     created_at = entities.created_at or ""
     table = open_table(campaign, require_entity_table(campaign), home, engine)
     declared = [entities.key, created_at, *entities.attributes]
-    return select_declared(campaign, "source.entities", table, engine, declared, entities.derive, entities.where)
+    selected = select_declared(campaign, "source.entities", table, engine, declared, entities.derive, entities.where)
+    return without_erased(selected, entities.key, home)
 
 
 def _note_source_rows(lake: Lake, name: str, engine: Engine, table: ibis.Table) -> int:

@@ -24,11 +24,11 @@ from propensity_dagster.evaluation.metrics import (
     gains,
     mean_probability,
 )
-from propensity_dagster.evaluation.value import break_even, break_even_totals, top_totals
+from propensity_dagster.evaluation.value import REACHED, break_even, break_even_totals, reach, top_totals, worth
 
 ORACLE, CHAMPION = "oracle", "champion"
 _GAINS, _BREAK_EVEN, _MEAN = "decile_gains", "break_even_totals", "mean_probability"
-_BINS, _TOP = "bin_rates", "top_totals"
+_BINS, _TOP, _REACH = "bin_rates", "top_totals", "reach"
 _TOP_FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 _SCORE_BINS = 40
 _SEGMENT_METRICS = {name: METRICS[name] for name in ("log_loss", "auc", "calibration_error", "top_decile_lift")}
@@ -116,6 +116,7 @@ def evaluate(
         "deciles": _deciles(replicated),
         "threshold": _threshold(campaign, replicated),
         "thresholds": _thresholds(campaign, scores, models[challenger], replicates),
+        "reach": _reach(campaign, scores, models[challenger], replicates),
         "segments": segments,
         "periods": _groups(campaign, scores, models, challenger, replicates, periods)[challenger],
         "decision": decision.to_json(),
@@ -163,6 +164,7 @@ def _threshold(campaign: Campaign, replicated: Mapping[str, Mapping[str, Floats]
     for name, metrics in replicated.items():
         contacted, hits, converters, rows = metrics[_BREAK_EVEN].T
         profit = hits * value.margin_per_conversion - contacted * value.cost_per_contact
+        money = worth(value, contacted, hits, converters, rows)
         with np.errstate(invalid="ignore", divide="ignore"):  # nobody above break-even: no precision
             found[name] = {
                 "contacted": estimate(contacted / rows).to_json(),
@@ -170,6 +172,7 @@ def _threshold(campaign: Campaign, replicated: Mapping[str, Mapping[str, Floats]
                 "recall": estimate(hits / converters).to_json(),
                 "lift": estimate((hits / contacted) / (converters / rows)).to_json(),
                 "profit": estimate(profit).to_json(),
+                **money,
             }
     return {"probability": break_even(value), "models": found}
 
@@ -188,7 +191,6 @@ def _thresholds(campaign: Campaign, scores: TestScores, judged: Judged, replicat
     found: list[dict[str, Any]] = []
     for i, cut in enumerate(cuts):
         contacted, hits = totals[:, 2 * i], totals[:, 2 * i + 1]
-        profit = hits * campaign.value.margin_per_conversion - contacted * campaign.value.cost_per_contact
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold nobody above the cut-off
             found.append(
                 {
@@ -196,10 +198,26 @@ def _thresholds(campaign: Campaign, scores: TestScores, judged: Judged, replicat
                     "contacted": estimate(contacted / rows).to_json(),
                     "precision": estimate(hits / contacted).to_json(),
                     "recall": estimate(hits / converters).to_json(),
-                    "profit_per_thousand": estimate(1000 * profit / rows).to_json(),
+                    **worth(campaign.value, contacted, hits, converters, rows),
                 }
             )
     return found
+
+
+def _reach(campaign: Campaign, scores: TestScores, judged: Judged, replicates: int) -> list[dict[str, Any]]:
+    """What it takes to reach shares of the converters: contacts, their cost, what that saves; money per 1,000 rows."""
+    found = replicate_metrics({_REACH: judged}, scores.entity, replicates, campaign.seed, {_REACH: reach})
+    share = found[_REACH][_REACH]
+    cost = 1000 * campaign.value.cost_per_contact
+    return [
+        {
+            "converters": float(reached),
+            "contacted": estimate(share[:, i]).to_json(),
+            "cost_per_thousand": estimate(share[:, i] * cost).to_json(),
+            "saved_per_thousand": estimate((1 - share[:, i]) * cost).to_json(),
+        }
+        for i, reached in enumerate(REACHED)
+    ]
 
 
 def _segments(
@@ -234,6 +252,7 @@ def _groups(
                     "converted": int(y.sum()),
                     **{metric: estimate(replicated[name][metric]).to_json() for metric in _SEGMENT_METRICS},
                     **_fairness(replicated[name]),
+                    **worth(campaign.value, *replicated[name][_BREAK_EVEN].T),
                 }
     return found
 

@@ -40,7 +40,7 @@ from propensity_dagster.evaluation.uplift import (
 from propensity_dagster.features.snapshots import TRAINING_SET
 from propensity_dagster.models.dataset import Dataset, FeatureContract, make_dataset
 from propensity_dagster.models.trees import LightGBMEstimator
-from propensity_dagster.models.uplift import LEARNERS, Trial, UpliftModel, fit_learners, read_uplift, write_uplift
+from propensity_dagster.models.uplift import LEARNERS, Trial, UpliftModel, fit_uplift, read_uplift, write_uplift
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ UPLIFT, PROPENSITY = "uplift", "propensity"
 _REPLICATES = 500
 _MIN_CONVERTED = 100  # in each arm of the training rows
 _TENTHS = 10
+_Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,13 @@ def publish_uplift(campaign: Campaign, home: Home) -> dict[str, Any]:
     scores = {name: np.full(len(rows.treated), np.nan) for name in (UPLIFT, PROPENSITY, *LEARNERS)}
     chosen: list[str] = []
     for fold in _folds(campaign, rows):
-        fitted = fit_learners(fold.train, fold.validate, campaign.seed)
-        found = {name: _qini(model, fold.validate) for name, model in fitted.items()}
+        model = fit_uplift(fold.train, fold.validate, campaign.seed)
+        found = {name: _qini(model.effect(name, fold.validate.rows.X), fold.validate) for name in LEARNERS}
         best = max(found, key=lambda name: found[name])
+        models.append(model)
         chosen.append(best)
-        models.append(fitted[best])
-        for name, model in fitted.items():
-            scores[name][fold.places] = model.effect(fold.judged.rows.X)
+        for name in LEARNERS:
+            scores[name][fold.places] = model.effect(name, fold.judged.rows.X)
         scores[UPLIFT][fold.places] = scores[best][fold.places]
         scores[PROPENSITY][fold.places] = _response(campaign, rows, fold)
         logger.info("uplift: %s chosen of %s", best, {k: round(v, 5) for k, v in found.items()})
@@ -117,7 +118,7 @@ def publish_uplift(campaign: Campaign, home: Home) -> dict[str, Any]:
         "comparability": {**asdict(compared), "balance": dict(list(compared.balance.items())[:20])},
     }
     with publishing_folder(_folder(campaign, home)) as temporary:
-        write_uplift(models, rows.before.contract, temporary)
+        write_uplift(models, chosen, rows.before.contract, temporary)
     publish_text(json.dumps(record, indent=1), home.reports(campaign.name) / "uplift.json")
     return record
 
@@ -130,6 +131,16 @@ def read_decision(campaign: Campaign, home: Home) -> str:
     return json.loads(file.read_text(encoding="utf-8"))["decision"]["rank_by"]
 
 
+def error_of_sum(campaign: Campaign, effect: Floats, home: Home) -> float:
+    """Standard error of the sum of estimated effects (n,): that of the tenth of the ranking each falls into."""
+    record = json.loads((home.reports(campaign.name) / "uplift.json").read_text(encoding="utf-8"))
+    tenths = record["tenths"]
+    lowest = np.array([row["lowest"] for row in tenths[:-1]])  # of the tenths from the best on, descending
+    place = np.searchsorted(-lowest, -effect, side="left")
+    error = np.array([(row["observed"]["high"] - row["observed"]["low"]) / (2 * _Z95) for row in tenths])
+    return float(np.sqrt(((np.bincount(place, minlength=len(tenths)) * error) ** 2).sum()))
+
+
 def effects(campaign: Campaign, features: Path, home: Home) -> pa.Table:
     """Key and estimated effect of each row of a features file.
 
@@ -137,14 +148,14 @@ def effects(campaign: Campaign, features: Path, home: Home) -> pa.Table:
         SavedModelError: when the models are cut short or were tampered with.
         DataContractError: when the features lack what the models need.
     """
-    models, contract = read_uplift(_folder(campaign, home))
+    models, learners, contract = read_uplift(_folder(campaign, home))
     parts: list[pa.Table] = []
     columns = [campaign.key, *contract.names]
     file = pq.ParquetFile(features)
     contract.require(file.schema_arrow.names)
     for batch in file.iter_batches(columns=columns):
         X = contract.encode(batch)
-        effect = np.mean([model.effect(X) for model in models], axis=0)
+        effect = np.mean([m.effect(name, X) for m, name in zip(models, learners, strict=True)], axis=0)
         parts.append(pa.table({campaign.key: batch.column(campaign.key), "effect": effect}))
     return pa.concat_tables(parts) if parts else pa.table({campaign.key: pa.array([], pa.string()), "effect": []})
 
@@ -236,9 +247,9 @@ def _folds(campaign: Campaign, rows: _Rows) -> Iterator[_Fold]:
         yield fold(~test & (rows.before.fold != 0), ~test & (rows.before.fold == 0), test)
 
 
-def _qini(model: UpliftModel, trial: Trial) -> float:
+def _qini(effect: Floats, trial: Trial) -> float:
     outcomes = Outcomes(trial.rows.y, trial.treated, np.zeros(len(trial.treated), dtype=np.int64))
-    return float(qini(ranked(model.effect(trial.rows.X), outcomes, np.ones((1, len(trial.treated)))))[0])
+    return float(qini(ranked(effect, outcomes, np.ones((1, len(trial.treated)))))[0])
 
 
 def _response(campaign: Campaign, rows: _Rows, fold: _Fold) -> Floats:
@@ -297,6 +308,7 @@ def _judge(campaign: Campaign, scores: dict[str, Floats], rows: Outcomes) -> dic
             {
                 "tenth": i + 1,
                 "rows": int((tenth == i).sum()),
+                "lowest": float(scores[UPLIFT][tenth == i].min()),
                 "predicted": float(scores[UPLIFT][tenth == i].mean()),
                 "observed": estimate(found[f"tenth {i}"]).to_json(),
             }

@@ -4,7 +4,7 @@ Belongs here: fitting and saving them. Does not: whether they are any good, whic
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,32 @@ from propensity_dagster.models.dataset import Dataset, FeatureContract
 from propensity_dagster.models.trees import LightGBMEstimator, TreesScorer
 
 Flags = NDArray[np.bool_]
-LEARNERS = ("t_learner", "x_learner", "dr_learner", "transformed_outcome")
+MEAN = "mean"
+LEARNERS = ("t_learner", "x_learner", "dr_learner", "transformed_outcome", MEAN)
+"""MEAN is that of the others: their errors differ, so most of the time it is the best of them."""
 _FORMAT, _FILE = 1, "uplift.json"
 
 
 @dataclass(frozen=True)
 class UpliftModel:
-    """What the treatment adds to the probability of a conversion.
+    """What the treatment adds to the probability of a conversion, by every learner.
 
     Attributes:
-        learner: its name in `LEARNERS`.
-        scorers: trees by their role.
+        scorers: trees by learner and role.
         share: of the treated among the training rows.
     """
 
-    learner: str
-    scorers: Mapping[str, TreesScorer]
+    scorers: Mapping[tuple[str, str], TreesScorer]
     share: float
 
-    def effect(self, X: Floats) -> Floats:
-        """Effect (n,) on the probability, for encoded rows (n, p)."""
-        raw = {role: scorer.log_odds(X) for role, scorer in self.scorers.items()}
-        if self.learner == "t_learner":
+    def effect(self, learner: str, X: Floats) -> Floats:
+        """Effect (n,) on the probability by one of `LEARNERS`, for encoded rows (n, p)."""
+        if learner == MEAN:
+            return np.mean([self.effect(name, X) for name in LEARNERS if name != MEAN], axis=0)
+        raw = {role: scorer.log_odds(X) for (name, role), scorer in self.scorers.items() if name == learner}
+        if learner == "t_learner":
             return expit(raw["treated"]) - expit(raw["control"])
-        if self.learner == "x_learner":
+        if learner == "x_learner":
             return self.share * raw["of_control"] + (1 - self.share) * raw["of_treated"]
         return raw["effect"]
 
@@ -63,17 +65,17 @@ class Trial:
         return Trial(self.rows.rows(chosen), self.treated[chosen])
 
 
-def fit_learners(train: Trial, validate: Trial, seed: int) -> dict[str, UpliftModel]:
-    """One model of each of `LEARNERS`; validation rows are for early stopping only."""
+def fit_uplift(train: Trial, validate: Trial, seed: int) -> UpliftModel:
+    """Fit every learner; validation rows are for early stopping only."""
     share = float(train.treated.mean())
     arms = _arms(train, validate, seed)
-    scorers = {
+    fitted = {
         "t_learner": arms,
         "x_learner": _x_learner(train, validate, arms, seed),
         "dr_learner": _dr_learner(train, validate, share, seed),
         "transformed_outcome": _transformed_outcome(train, validate, share, seed),
     }
-    return {name: UpliftModel(name, scorers[name], share) for name in LEARNERS}
+    return UpliftModel({(name, role): s for name, roles in fitted.items() for role, s in roles.items()}, share)
 
 
 def _arms(train: Trial, validate: Trial, seed: int) -> dict[str, TreesScorer]:
@@ -112,11 +114,16 @@ def _dr_learner(train: Trial, validate: Trial, share: float, seed: int) -> dict[
 
 
 def _transformed_outcome(train: Trial, validate: Trial, share: float, seed: int) -> dict[str, TreesScorer]:
-    """A target whose mean is the effect, regressed (Athey and Imbens 2016)."""
+    """A target whose mean is the effect, regressed (Athey and Imbens 2016).
+
+    What is foretold of both arms together is taken off the outcome first: the target's mean stays, and most of its
+    noise goes (as in the R-learner of Nie and Wager 2021).
+    """
+    both = _fitted(LightGBMEstimator(seed=seed), train.rows, validate.rows)
 
     def transformed(trial: Trial) -> Dataset:
-        y = trial.rows.y
-        return replace(trial.rows, y=np.where(trial.treated, y / share, -y / (1 - share)))
+        left = trial.rows.y - expit(both.log_odds(trial.rows.X))
+        return replace(trial.rows, y=np.where(trial.treated, left / share, -left / (1 - share)))
 
     return {"effect": _regression(transformed(train), transformed(validate), seed)}
 
@@ -134,21 +141,23 @@ def _fitted(estimator: LightGBMEstimator, train: Dataset, validate: Dataset) -> 
     return scorer
 
 
-def write_uplift(models: list[UpliftModel], contract: FeatureContract, folder: Path) -> None:
-    """Write models whose mean effect is used into `folder`; the caller publishes it. No pickle, checksums beside."""
-    described = []
-    for i, model in enumerate(models):
-        for role, scorer in model.scorers.items():
-            place = folder / f"{i}_{role}"
+def write_uplift(
+    models: Sequence[UpliftModel], learners: Sequence[str], contract: FeatureContract, folder: Path
+) -> None:
+    """Write models, and which learner of each is used, into `folder`; the caller publishes it. No pickle, checksums."""
+    described: list[dict[str, Any]] = []
+    for i, (model, learner) in enumerate(zip(models, learners, strict=True)):
+        for (name, role), scorer in model.scorers.items():
+            place = folder / f"{i}_{name}_{role}"
             place.mkdir(parents=True)
             scorer.save(place)
-        described.append({"learner": model.learner, "share": model.share, "roles": list(model.scorers)})
+        described.append({"learner": learner, "share": model.share, "roles": list(model.scorers)})
     content = {"contract": contract.to_json(), "models": described}
     (folder / _FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     write_manifest(folder, _FORMAT)
 
 
-def read_uplift(folder: Path) -> tuple[list[UpliftModel], FeatureContract]:
+def read_uplift(folder: Path) -> tuple[list[UpliftModel], list[str], FeatureContract]:
     """Inverse of `write_uplift`.
 
     Raises:
@@ -156,7 +165,7 @@ def read_uplift(folder: Path) -> tuple[list[UpliftModel], FeatureContract]:
     """
     content = read_verified(folder, _FORMAT, _FILE)
     models = [
-        UpliftModel(m["learner"], {r: TreesScorer.load(folder / f"{i}_{r}", {}) for r in m["roles"]}, m["share"])
+        UpliftModel({(n, r): TreesScorer.load(folder / f"{i}_{n}_{r}", {}) for n, r in m["roles"]}, m["share"])
         for i, m in enumerate(content["models"])
     ]
-    return models, FeatureContract.from_json(content["contract"])
+    return models, [m["learner"] for m in content["models"]], FeatureContract.from_json(content["contract"])

@@ -16,6 +16,7 @@ from propensity_dagster.data.decisions import DECISIONS
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.evaluation.evaluate import ORACLE
+from propensity_dagster.experiments.uplift import UPLIFT
 from propensity_dagster.features.snapshots import SPLITS
 from propensity_dagster.models.training import BASELINE
 from propensity_dagster.monitoring.alerts import PAGE
@@ -178,8 +179,11 @@ def print_plan(campaign: Campaign, plan: ContactPlan, console: Console) -> None:
     for reason, n in plan.excluded.items():
         table.add_row(f"not contacted: {reason}", f"{n:,}")
     table.add_row("held back for comparison", f"{plan.held:,}, {plan.held_chosen:,} of them would be contacted")
+    if plan.ranked_by == UPLIFT:
+        table.add_row("chosen by", "what a contact changes (uplift): a trial showed that it is better")
     table.add_row("contacts", f"{plan.contacted:,}" + (f": {channels}" if channels else ""))
-    table.add_row("expected conversions", f"{sold.value:,.1f} ({sold.low:,.1f} to {sold.high:,.1f})")
+    expected = "expected conversions" if plan.ranked_by != UPLIFT else "expected because of them"
+    table.add_row(expected, f"{sold.value:,.1f} ({sold.low:,.1f} to {sold.high:,.1f})")
     table.add_row("cost", f"{plan.cost:,.2f}")
     table.add_row("expected profit", f"{profit.value:,.2f} ({profit.low:,.2f} to {profit.high:,.2f})")
     table.add_row("of as many at random", f"{plan.profit_of_random:,.2f}")
@@ -195,7 +199,8 @@ def print_plan(campaign: Campaign, plan: ContactPlan, console: Console) -> None:
         console.print(Text(describe_plan(campaign, plan)))
     for note in plan.notes:
         console.print(Text(f"Note: {note}."))
-    console.print(Text("Intervals hold 95% if the probabilities are right. Nobody has been contacted by this plan."))
+    right = "probabilities are" if plan.ranked_by != UPLIFT else "uplift of each tenth of the trial is"
+    console.print(Text(f"Intervals hold 95% if the {right} right. Nobody has been contacted by this plan."))
 
 
 def print_audience(campaign: Campaign, snapshot: date, home: Home, console: Console) -> None:

@@ -25,6 +25,7 @@ from propensity_dagster.evaluation.planner import NOBODY, Channel, Floats, Limit
 from propensity_dagster.evaluation.splits import hash_fractions
 from propensity_dagster.evaluation.value import break_even
 from propensity_dagster.experiments.holdout import hold_out
+from propensity_dagster.experiments.uplift import PROPENSITY, UPLIFT, effects, error_of_sum, read_decision
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.scoring.audiences import (
     AUDIENCE,
@@ -67,6 +68,8 @@ class ContactPlan:
         profit_of_random: of as many contacts for the same money, drawn by lot.
         shadow_prices: by limit that binds, what one more unit of it would earn.
         gap: share of the profit that the plan may be short of the optimum.
+        ranked_by: "propensity", or "uplift" where a trial showed that to be better; then expected conversions and
+            profit are what the contacts change.
         notes: what in the campaign file had no effect, and why.
     """
 
@@ -87,15 +90,19 @@ class ContactPlan:
     profit_of_random: float
     shadow_prices: Mapping[str, float]
     gap: float
+    ranked_by: str = PROPENSITY
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A plan and its customers: channel (n,) of who is contacted or would be, who is held, who was drawn by lot."""
+    """A plan and its customers (n,): conversions that a contact is worth, the channel of who is contacted or would be,
+    who is held, who was drawn by lot.
+    """
 
     plan: ContactPlan
     channels: list[Channel]
+    worth: Floats
     channel: NDArray[np.int64]
     held: Flags
     drawn: Flags
@@ -246,8 +253,10 @@ def _choose(
         notes.append(f"the capacity of {limits.capacity:,} is more than the {len(keys):,} customers: it limits nothing")
     cheapest = min(channels, key=lambda c: c.cost)
     lots = _Lots(contacts.random, int(np.argmin([c.cost for c in channels])), cheapest.cost)
-    probability = scores["probability"].to_numpy()
-    found = plan(probability, value.margin_per_conversion, lots.left(channels), lots.limits(limits), may.allowed, held)
+    worth, ranked_by = scores["probability"].to_numpy(), read_decision(campaign, home)
+    if ranked_by == UPLIFT:
+        worth = _effects(campaign, snapshot, keys, home)
+    found = plan(worth, value.margin_per_conversion, lots.left(channels), lots.limits(limits), may.allowed, held)
     limited = np.zeros(len(keys), dtype=bool)
     for segment in limits.segments:
         if segment.maximum is not None:
@@ -255,8 +264,9 @@ def _choose(
     below = (found.channel == NOBODY) & may.allowed[:, lots.channel] & ~limited
     drawn = lots.draw(campaign, snapshot, keys, below & ~held)
     channel = np.where(drawn, lots.channel, found.channel)
-    planned = _described(campaign, snapshot, probability, channels, channel, held, drawn, found, may, notes)
-    return _Chosen(planned, channels, channel, held, drawn, below & held if contacts.random else np.zeros_like(held))
+    planned = _described(campaign, snapshot, worth, ranked_by, channels, channel, held, drawn, found, may, notes, home)
+    compared = below & held if contacts.random else np.zeros_like(held)
+    return _Chosen(planned, channels, worth, channel, held, drawn, compared)
 
 
 @dataclass(frozen=True)
@@ -299,7 +309,8 @@ class _Lots:
 def _described(
     campaign: Campaign,
     snapshot: date,
-    probability: Floats,
+    worth: Floats,
+    ranked_by: str,
     channels: list[Channel],
     channel: NDArray[np.int64],
     held: Flags,
@@ -307,19 +318,21 @@ def _described(
     found: Plan,
     may: Permission,
     notes: list[str],
+    home: Home,
 ) -> ContactPlan:
     margin = campaign.value.margin_per_conversion
     cheapest = campaign.value.model_copy(update={"cost_per_contact": min(c.cost for c in channels)})
     contacted = (channel != NOBODY) & ~held
     counts = np.bincount(channel[contacted], minlength=len(channels))
     cost = float(counts @ np.array([c.cost for c in channels]))
-    sold = _poisson_binomial(probability[contacted])
-    mean = float(probability.mean()) if len(probability) else 0.0
+    by_uplift = ranked_by == UPLIFT
+    sold = _sum_of_effects(campaign, worth[contacted], home) if by_uplift else _poisson_binomial(worth[contacted])
+    mean = float(worth.mean()) if len(worth) else 0.0
     return ContactPlan(
         snapshot=snapshot,
-        scored=len(probability),
+        scored=len(worth),
         break_even_probability=break_even(cheapest),
-        above_break_even=int((probability * margin > cheapest.cost_per_contact).sum()),
+        above_break_even=int((worth * margin > cheapest.cost_per_contact).sum()),
         excluded=may.excluded,
         held=int((held & may.allowed.any(axis=1)).sum()),
         held_chosen=int((held & (found.channel != NOBODY)).sum()),
@@ -329,10 +342,11 @@ def _described(
         expected_conversions=sold,
         cost=cost,
         expected_profit=Estimate(*(n * margin - cost for n in (sold.value, sold.low, sold.high))),
-        profit_of_contacting_all=float(probability.sum() * margin - len(probability) * cheapest.cost_per_contact),
+        profit_of_contacting_all=float(worth.sum() * margin - len(worth) * cheapest.cost_per_contact),
         profit_of_random=int(contacted.sum()) * mean * margin - cost,
         shadow_prices=found.shadow_prices,
         gap=found.gap,
+        ranked_by=ranked_by,
         notes=tuple(notes),
     )
 
@@ -350,7 +364,7 @@ def _table(campaign: Campaign, snapshot: date, scores: pa.Table, chosen: _Chosen
     costs = np.array([*(c.cost for c in chosen.channels), 0.0])[at]
     names = np.array([*(c.name for c in chosen.channels), None], dtype=object)[at]
     table = scores.take(pa.array(rows))
-    probability = table["probability"].to_numpy()
+    worth = chosen.worth[rows]
     n = len(rows)
     margin = campaign.value.margin_per_conversion
     return pa.table(
@@ -362,7 +376,7 @@ def _table(campaign: Campaign, snapshot: date, scores: pa.Table, chosen: _Chosen
             "probability": table["probability"],
             "decile": table["decile"],
             "cost": pa.array(costs),
-            "expected_profit": pa.array(np.where(at == NOBODY, 0.0, probability * margin - costs)),
+            "expected_profit": pa.array(np.where(at == NOBODY, 0.0, worth * margin - costs)),
             "campaign": pa.repeat(campaign.name, n),
             "model_version": table["model_version"],
             "decided_at": pa.repeat(pa.scalar(now, pa.timestamp("us")), n),
@@ -374,6 +388,20 @@ def _poisson_binomial(probability: Floats) -> Estimate:
     """A sum of independent draws, by its normal approximation."""
     mean, spread = float(probability.sum()), _Z95 * float(np.sqrt((probability * (1 - probability)).sum()))
     return Estimate(mean, max(mean - spread, 0.0), mean + spread)
+
+
+def _sum_of_effects(campaign: Campaign, effect: Floats, home: Home) -> Estimate:
+    """What contacts change together, with the error that the trial left in each tenth of the ranking."""
+    value, spread = float(effect.sum()), _Z95 * error_of_sum(campaign, effect, home)
+    return Estimate(value, value - spread, value + spread)
+
+
+def _effects(campaign: Campaign, snapshot: date, keys: pa.Array, home: Home) -> Floats:
+    """Estimated effect of a contact on each customer (n,)."""
+    features = home.lake(campaign.name).existing_partition("features", "snapshot", snapshot)
+    found = effects(campaign, features, home)
+    at: Any = pc.index_in(keys, found[campaign.key].combine_chunks())
+    return np.asarray(found["effect"].take(at).to_numpy())
 
 
 def _strata(decile: NDArray[np.int8], segments: list[NDArray[np.object_]]) -> NDArray[np.object_]:

@@ -169,6 +169,31 @@ def write_redis(url: str, campaign: str, facts: Facts, rows: Iterable[tuple[str,
     return written
 
 
+def redis_has(url: str, campaign: str, key: str) -> bool:
+    """Whether Redis holds features of a customer."""
+    import redis
+
+    client: Any = redis.Redis.from_url(url)
+    try:
+        content = client.get(_pointer(campaign))
+        generation = msgspec.json.decode(content, type=Facts).generation if content else None
+        return bool(generation and client.hexists(_hash(campaign, generation), key))
+    finally:
+        client.close()
+
+
+def redis_forget(url: str, campaign: str, key: str) -> None:
+    """Remove a customer from every generation that Redis holds."""
+    import redis
+
+    client: Any = redis.Redis.from_url(url)
+    try:
+        for name in client.scan_iter(_hash(campaign, "*")):
+            client.hdel(name, key)
+    finally:
+        client.close()
+
+
 def sqlite_facts(file: Path) -> Facts | None:
     """What a file holds, if there is one that can be read."""
     try:
