@@ -1,5 +1,6 @@
 """Fixtures: small campaigns on real files, and one campaign run through Dagster for everybody."""
 
+import gc
 import json
 import os
 import shutil
@@ -287,3 +288,11 @@ def redis_url(tmp_path):
     yield f"redis://127.0.0.1:{port}/0", process
     process.terminate()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def little_to_collect():
+    """statsmodels' correction calls the garbage collector, which looks at all of pytest's objects each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -83,8 +83,9 @@ def main(file: Path, home: Path) -> None:
     stages = [("small__ingest", a, days) for a in ("raw_customers", "validated_customers", *STREAMS)]
     stages += [("small__train", a, {}) for a in ("diagnosis", "training_set", *CANDIDATES, "evaluation")]
     stages += [("small__train", a, {}) for a in ("champion", "explanations", "report")]
-    stages += [("small__score", a, newest) for a in ("features", "scores")]
+    stages += [("small__score", a, newest) for a in ("features", "scores", "audience", "exported_audience")]
     stages += [("small__monitor", "drift", newest)]
+    stages += [("small__monitor", a, newest) for a in ("earned", "experiment_wording")]
     for job, asset, tags in stages:
         work = step(job, asset, tags)
         if asset != "champion":  # MLflow writes that one

@@ -18,6 +18,7 @@ from propensity_dagster.data.days import pc
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home, publish_table
 from propensity_dagster.errors import ConfigError, DataContractError, PlanError, SourceError
+from propensity_dagster.experiments.assignment import assign
 from propensity_dagster.experiments.holdout import hold_out
 from propensity_dagster.scoring import exports
 from propensity_dagster.scoring.audiences import (
@@ -304,6 +305,25 @@ def test_files_are_written_once(scored):
     assert len(scored.audience()[CONTACT]) == 6, "an audience that was sent stays"
     with pytest.raises(DataContractError, match="was exported already: a capacity or budget comes too late"):
         scored.audience(capacity=3)
+
+
+def test_an_export_says_who_gets_which_variant(scored):
+    stated = {
+        "units": "audience",
+        "variants": {"control": 0.5, "warm": 0.5},
+        "starts": "2024-06-01",
+        "ends": "2024-06-02",
+    }
+    later = {**stated, "starts": "2024-07-01", "ends": "2024-08-01"}
+    exports_ = {"contacts": {**FREE, "exports": [{"name": "crm", "kind": "parquet"}]}, **EXPORT}
+    scored.load(**exports_, experiments={"words": stated, "later": later})
+    scored.score(ALL)
+    scored.audience()
+    scored.export()
+    sent = pq.read_table(next((scored.home.root / "exports" / "shop").iterdir()))
+    assert "experiment_later" not in sent.column_names
+    expected = assign("words", scored.campaign.experiments["words"], sent["customer_id"].to_pylist())
+    assert sent["experiment_words"].to_pylist() == expected.tolist()
 
 
 def test_parquet_goes_to_a_folder_of_the_users(scored):

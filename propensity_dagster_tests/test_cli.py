@@ -214,5 +214,5 @@ def test_every_command_of_the_readme_exists(command):
         files = [w for w in words[1:] if w.endswith(".yaml")]
         written = [f for f in files if f.startswith("campaigns/")]  # test_draft.py types those commands
         assert all((ROOT / f).exists() for f in files if f not in written)
-        checked = [*PROPENSITY, *known[: 2 if known[0] in ("champion", "alerts") else 1], "--help"]
+        checked = [*PROPENSITY, *known[: 2 if known[0] in ("champion", "alerts", "experiment") else 1], "--help"]
     subprocess.run(checked, cwd=ROOT, check=True, capture_output=True)

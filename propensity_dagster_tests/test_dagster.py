@@ -337,8 +337,12 @@ def content_of(root: Path) -> dict[str, bytes]:
         # Monitoring tells when scores were given, which differs between two runs.
         if file.is_file() and not any(part in str(file) for part in _TIMED):
             found[str(file.relative_to(root))] = file.read_bytes()
-            if "/scores/" in str(file):
-                table = pq.read_table(file).drop_columns(["scored_at"])
+            if (
+                any(part in str(file) for part in ("/scores/", "/audience/", "/exported/"))
+                and file.suffix == ".parquet"
+            ):
+                table = pq.read_table(file)
+                table = table.drop_columns([c for c in ("scored_at", "decided_at") if c in table.column_names])
                 found[str(file.relative_to(root))] = repr(table.to_pydict()).encode()
     return found
 

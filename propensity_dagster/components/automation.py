@@ -55,7 +55,7 @@ def score_job_name(campaign: Campaign) -> str:
 
 def audience_job_name(campaign: Campaign) -> str:
     """Name of the job that chooses whom to contact on a scored snapshot, and sends it."""
-    return f"{campaign.name}__audience"
+    return f"{campaign.name}__contact"  # the asset's own operation has the name of the table
 
 
 def monitor_job_name(campaign: Campaign) -> str:

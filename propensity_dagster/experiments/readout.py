@@ -267,10 +267,13 @@ def _recommend(
     lift, always = row["lift"], row["lift_always"]
     confidence = f"{1 - experiment.alpha:.0%}"
     name = experiment.primary.replace("_", " ")
-    direction = "higher" if lift["value"] > 0 else "lower"
+    if experiment.primary == CONVERSION:
+        with_best, without = f"{row['mean']:.2%} of the units converted", f"{primary['control']:.2%}"
+    else:
+        with_best, without = f"{name} was {row['mean']:.4g} a unit", f"{primary['control']:.4g}"
     happened = (
-        f"With {best} {name} was {row['mean']:.4g} a unit, {abs(lift['value']):.1%} {direction} than "
-        f"{primary['control']:.4g} with {experiment.control}."
+        f"With {best} {with_best}, {abs(lift['value']):.1%} {'more' if lift['value'] > 0 else 'less'} than the "
+        f"{without} with {experiment.control}."
     )
     sure = (
         f"The true change is between {lift['low']:+.1%} and {lift['high']:+.1%} with {confidence} confidence if this "

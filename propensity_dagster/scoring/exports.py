@@ -39,6 +39,7 @@ from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home, locked, publish_table, publishing, write_parquet
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import ConfigError, DataContractError, SourceError
+from propensity_dagster.experiments.assignment import assign
 from propensity_dagster.scoring.audiences import AUDIENCE, CONTACT, EXPORTED, RANDOM
 from propensity_dagster.scoring.batch import SCORES
 from propensity_dagster.scoring.permission import permission
@@ -90,6 +91,7 @@ def export_audience(
     if problem:
         raise DataContractError(f"{campaign.name}: the audience is not sent: {problem}")
     contacts = audience.filter(pc.is_in(audience["group"], pa.array([CONTACT, RANDOM]))).drop_columns("group")
+    contacts = _with_variants(campaign, snapshot, contacts)
     folder = lake.root / EXPORTED / export.name / f"snapshot={snapshot}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
@@ -113,6 +115,15 @@ def export_audience(
 def contact_id(campaign: str, snapshot: date, key: str, channel: str) -> str:
     """The same for the same contact, whenever it is sent: a receiver that has it already may drop it."""
     return hashlib.sha256(f"{campaign}\n{snapshot}\n{key}\n{channel}".encode()).hexdigest()[:32]
+
+
+def _with_variants(campaign: Campaign, snapshot: date, contacts: pa.Table) -> pa.Table:
+    """A column `experiment_<name>` for each experiment on this audience: whoever sends must know who gets what."""
+    for name, experiment in campaign.experiments.items():
+        if experiment.units == AUDIENCE and experiment.starts <= snapshot < experiment.ends:
+            variants = assign(name, experiment, contacts[campaign.key].to_pylist())
+            contacts = contacts.append_column(f"experiment_{name}", pa.array(variants, pa.string()))
+    return contacts
 
 
 def _channels(campaign: Campaign) -> list[str]:
