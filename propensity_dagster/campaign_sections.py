@@ -370,6 +370,12 @@ class Consent(Register):
     time: str | None = None
     max_age_days: Positive = 7
 
+    @model_validator(mode="after")
+    def _age_by_time(self) -> "Consent":
+        if "max_age_days" in self.model_fields_set and self.time is None:
+            raise ValueError("max_age_days needs 'time': without it nobody can tell how old the consents are")
+        return self
+
     @field_validator("values", mode="before")
     @classmethod
     def _accept_one(cls, value: object) -> object:

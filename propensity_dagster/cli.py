@@ -124,20 +124,24 @@ def audience(
 def erase(
     person: Annotated[str, typer.Argument(metavar="ID", help="Key of the person, as in the source.")],
     yes: Annotated[bool, typer.Option("--yes", help="Erase; without it, only show what would be.")] = False,
+    campaign: Annotated[
+        list[str] | None, typer.Option(help="One more campaign file, besides those of the folder; may be repeated.")
+    ] = None,
 ) -> None:
     """Erase a person from every campaign: tables, scores, audiences, online store, logs. Shows first; --yes erases."""
     from propensity_dagster.erasure import erase_person, find_person
 
     home, store = Home.from_environment(), _store()
     campaigns = load_campaigns(Path(os.environ.get(CAMPAIGNS) or SHIPPED))
+    campaigns += [find_campaign(file) for file in campaign or ()]
     found = erase_person(person, campaigns, home, store) if yes else find_person(person, campaigns, home, store)
     table = Table(title="erased" if yes else "would be erased", title_justify="left")
     for column in ("campaign", "where", "files", "rows"):
         table.add_column(column)
     groups = dict.fromkeys((place.campaign, place.table) for place in found.places)
-    for campaign, where in groups:
-        of_group = [p for p in found.places if (p.campaign, p.table) == (campaign, where)]
-        table.add_row(campaign, where, f"{len(of_group):,}", f"{sum(p.rows for p in of_group):,}")
+    for name, where in groups:
+        of_group = [p for p in found.places if (p.campaign, p.table) == (name, where)]
+        table.add_row(name, where, f"{len(of_group):,}", f"{sum(p.rows for p in of_group):,}")
     _console().print(table)
     for name, versions in found.models.items():
         print(f"{name}: trained on the person: version {', '.join(versions)}; a new training is not")

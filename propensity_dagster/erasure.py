@@ -11,20 +11,21 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from csv import reader
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import csv
 
-from propensity_dagster.campaign import Campaign, EventCampaign
-from propensity_dagster.data.days import pc
+from propensity_dagster.campaign import ROW_NUMBER, Campaign, EventCampaign
 from propensity_dagster.data.lake import Home, publishing, write_parquet
 from propensity_dagster.data.tombstones import bury, same_key
-from propensity_dagster.errors import StorageError
+from propensity_dagster.errors import ConfigError, StorageError
 from propensity_dagster.serving.online import redis_forget, redis_has
 from propensity_dagster.serving.settings import read_settings
 
@@ -71,26 +72,37 @@ def find_person(key: str, campaigns: Sequence[Campaign], home: Home, store: Any)
 
     Args:
         key: of the person, as in the source.
-        campaigns: whose key columns are known; tables of other campaigns are searched by their first column.
+        campaigns: all whose tables are there: what the key column is, only the campaign file says.
         home: what is searched.
         store: of the models' versions and their training snapshots.
+
+    Raises:
+        ConfigError: when there are tables of a campaign that is not among `campaigns`.
     """
     wanted = same_key(key)
     by_name = {campaign.name: campaign for campaign in campaigns}
+    places = [home.root / "lake", home.root / "exports", home.predictions, home.serving]
+    there = {folder.name for place in places for folder in place.glob("*") if folder.is_dir()}
+    unknown = sorted(there - set(by_name))
+    if unknown:
+        raise ConfigError(
+            f"{home.root} holds data of {', '.join(unknown)}, whose campaign file is not among those that were read: "
+            "which column is the key is not known. Name the files with --campaign, or a folder with "
+            "PROPENSITY_CAMPAIGNS"
+        )
     found = Erasure()
-    for folder in sorted(p for p in (home.root / "lake").glob("*") if p.is_dir()):
-        campaign = by_name.get(folder.name)
-        for table in sorted(p for p in folder.iterdir() if p.is_dir()):
-            files = sorted(table.rglob("*.parquet"))
-            found.places += _in_parquet(wanted, folder.name, table.name, files, _key_columns(campaign))
-        found.places += _in_exports(wanted, folder.name, home, _key_columns(campaign))
-        found.places += _in_online(wanted, folder.name, home)
-        found.places += _in_log(wanted, folder.name, home)
-        if campaign is not None:
-            found.outside += _outside(campaign)
-            versions = _trained_on(campaign, found.places, store)
-            if versions:
-                found.models[campaign.name] = versions
+    for name in sorted(there):
+        campaign = by_name[name]
+        columns = _key_columns(campaign)
+        for table in sorted(p for p in home.lake(name).root.glob("*") if p.is_dir()):
+            found.places += _in_parquet(wanted, name, table.name, sorted(table.rglob("*.parquet")), columns)
+        found.places += _in_exports(wanted, name, home, columns)
+        found.places += _in_online(wanted, name, home)
+        found.places += _in_log(wanted, name, home)
+        found.outside += _outside(campaign)
+        versions = _trained_on(campaign, found.places, store)
+        if versions:
+            found.models[name] = versions
     return found
 
 
@@ -115,7 +127,7 @@ def erase_person(
     by_name = {campaign.name: campaign for campaign in campaigns}
     # Models and training rows last: until they are gone, another run still says which models knew the person.
     for place in sorted(found.places, key=lambda p: p.table in ("training_set", "features", "reference")):
-        columns = _key_columns(by_name.get(place.campaign))
+        columns = _key_columns(by_name[place.campaign])
         if place.file is None:
             redis_forget(read_settings(home.serving).online_store or "", place.campaign, wanted)
         elif place.file.suffix == ".jsonl":
@@ -139,9 +151,9 @@ def erase_person(
     return found
 
 
-def _key_columns(campaign: Campaign | None) -> set[str]:
-    """Names under which a table of a campaign may hold the key; none: the first column does."""
-    if campaign is None:
+def _key_columns(campaign: Campaign) -> set[str]:
+    """Names under which a table of a campaign may hold the key; none where its rows are only numbered."""
+    if campaign.key == ROW_NUMBER:
         return set()
     names = {campaign.key, _KEY}
     if isinstance(campaign, EventCampaign):
@@ -150,55 +162,57 @@ def _key_columns(campaign: Campaign | None) -> set[str]:
 
 
 def _column_of(names: Sequence[str], columns: set[str]) -> str | None:
-    if not columns:
-        return names[0] if names else None
     return next((name for name in names if name in columns), None)
 
 
 def _in_parquet(wanted: str, campaign: str, table: str, files: Sequence[Path], columns: set[str]) -> Iterator[Place]:
-    """Files of one table that hold the key, read by their statistics where these rule it out."""
+    """Files of one table that hold the key."""
     by_column: dict[tuple[str, str], list[Path]] = {}
     for file in files:
         schema = pq.read_schema(file)
         column = _column_of(schema.names, columns)
         if column is not None:
             by_column.setdefault((column, str(schema.field(column).type)), []).append(file)
-    connection = duckdb.connect()
-    try:
-        for (column, kind), of_column in by_column.items():
-            condition, values = _condition(column, kind, wanted)
-            if condition is None:
-                continue
+    with duckdb.connect() as connection:
+        for (column, _), of_column in by_column.items():
             for start in range(0, len(of_column), _FILES_AT_ONCE):
                 part = [str(file) for file in of_column[start : start + _FILES_AT_ONCE]]
                 rows = connection.execute(
                     f"SELECT filename, count(*) FROM read_parquet(?, filename = true, union_by_name = true) "
-                    f"WHERE {condition} GROUP BY filename ORDER BY filename",
-                    [part, *values],
+                    f"WHERE {_is_key(column)} GROUP BY filename ORDER BY filename",
+                    [part, wanted],
                 ).fetchall()
                 yield from (Place(campaign, table, Path(file), count) for file, count in rows)
-    finally:
-        connection.close()
 
 
-def _condition(column: str, kind: str, wanted: str) -> tuple[str | None, list[Any]]:
-    """A filter that statistics can serve: by number for numbers, by the text and its forms for text."""
+def _is_key(column: str) -> str:
+    """A condition with one parameter, whatever the column's type: `coerce.key_text` in DuckDB's words.
+
+    One predicate finds and erases. Large floats are written out as integers, not with an exponent.
+    """
     quoted = '"' + column.replace('"', '""') + '"'
-    if kind in ("string", "large_string"):
-        return f"regexp_replace(trim({quoted}), '^(-?[0-9]+)[.]0+$', '\\1') = ?", [wanted]
-    if not (wanted.lstrip("-").isdigit() and kind.startswith(("int", "uint", "double", "float"))):
-        return None, []  # a number is never equal to text, and a date is no key
-    return f"{quoted} = ?", [int(wanted)]
+    text = (
+        f"CASE WHEN typeof({quoted}) IN ('DOUBLE', 'FLOAT') "
+        f"THEN CAST(TRY_CAST({quoted} AS HUGEINT) AS VARCHAR) ELSE CAST({quoted} AS VARCHAR) END"
+    )
+    trimmed = f"trim({text}, E' \\t\\n\\r\\v\\f')"
+    return f"regexp_replace({trimmed}, '^(-?[0-9]+)[.]0+$', '\\1') = ?"
 
 
 def _in_exports(wanted: str, campaign: str, home: Home, columns: set[str]) -> Iterator[Place]:
     folder = home.root / "exports" / campaign
     yield from _in_parquet(wanted, campaign, "exports", sorted(folder.glob("*.parquet")), columns)
     for file in sorted(folder.glob("*.csv")):
-        table = csv.read_csv(file)
-        rows = int(pc.sum(_matches(table, _column_of(table.column_names, columns), wanted)).as_py() or 0)
+        rows = int(_matches(_read_csv(file), columns, wanted).sum())
         if rows:
             yield Place(campaign, "exports", file, rows)
+
+
+def _read_csv(file: Path) -> pa.Table:
+    """As text throughout: 00123 is a key, and what is not of the person stays as it was written."""
+    with file.open(encoding="utf-8") as lines:
+        names = next(reader(lines))
+    return csv.read_csv(file, convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())))
 
 
 def _in_online(wanted: str, campaign: str, home: Home) -> Iterator[Place]:
@@ -225,10 +239,10 @@ def _in_log(wanted: str, campaign: str, home: Home) -> Iterator[Place]:
 
 def _lines_of(wanted: str, file: Path) -> Iterator[tuple[int, int]]:
     """Start and length, without the end of the line, of each record of the person."""
-    start = 0
+    start, quoted = 0, json.dumps(wanted)[1:-1].encode()
     with file.open("rb") as lines:
         for line in lines:
-            if wanted.encode() in line and not line.startswith(b'{"head"'):
+            if quoted in line and not line.startswith(b'{"head"'):
                 try:
                     record = json.loads(line)
                 except ValueError:
@@ -251,18 +265,14 @@ def _blank_lines(wanted: str, file: Path) -> None:
 
 def _rewrite_parquet(wanted: str, file: Path, columns: set[str]) -> None:
     table = pq.read_table(file)
-    column = _column_of(table.column_names, columns)
-    kept = table.filter(pc.invert(_matches(table, column, wanted)))
     with publishing(file) as temporary:
-        write_parquet(kept, temporary)
+        write_parquet(table.filter(pa.array(~_matches(table, columns, wanted))), temporary)
 
 
 def _rewrite_csv(wanted: str, file: Path, columns: set[str]) -> None:
-    # As text throughout: what is not of the person stays as it was written.
-    names = csv.read_csv(file).column_names
-    table = csv.read_csv(file, convert_options=csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string())))
+    table = _read_csv(file)
     with publishing(file) as temporary:
-        csv.write_csv(table.filter(pc.invert(_matches(table, _column_of(names, columns), wanted))), temporary)
+        csv.write_csv(table.filter(pa.array(~_matches(table, columns, wanted))), temporary)
 
 
 def _rewrite_online(wanted: str, file: Path) -> None:
@@ -277,13 +287,16 @@ def _rewrite_online(wanted: str, file: Path) -> None:
             connection.close()
 
 
-def _matches(table: pa.Table, column: str | None, wanted: str) -> Any:
+def _matches(table: pa.Table, columns: set[str], wanted: str) -> Any:
     """Which rows (n,) are the person's."""
+    column = _column_of(table.column_names, columns)
     if column is None:
-        return pa.array([False] * table.num_rows)
-    text = pc.utf8_trim_whitespace(pc.cast(table[column], pa.string()))
-    text = pc.replace_substring_regex(text, r"^(-?\d+)\.0+$", r"\1")
-    return pc.fill_null(pc.equal(text, wanted), False)
+        return np.zeros(table.num_rows, dtype=bool)
+    with duckdb.connect() as connection:
+        keys = table.select([column])
+        connection.register("keys", keys)
+        found = connection.execute(f"SELECT coalesce({_is_key(column)}, false) AS it FROM keys", [wanted])
+        return np.asarray(found.fetchnumpy()["it"], dtype=bool)
 
 
 def _trained_on(campaign: Campaign, places: Sequence[Place], store: Any) -> list[str]:

@@ -27,11 +27,13 @@ from propensity_dagster.scoring.audiences import (
     HELD,
     RANDOM,
     RANDOM_HELD,
+    contacted_keys,
     delivered_audiences,
     exported_contacts,
 )
 from propensity_dagster.scoring.contacts import audience_violations, publish_audience
 from propensity_dagster.scoring.exports import export_audience
+from propensity_dagster.scoring.permission import permission
 from propensity_dagster_tests.conftest import shop_file
 
 DAY, NOW = date(2024, 6, 1), datetime(2024, 6, 2)
@@ -109,6 +111,12 @@ ALL = [0.9] * 6
             {"time": "at"},
             {"c1"},
         ),
+        (  # a refusal whose time cannot be read counts as the newest, a consent from the future as none
+            "customer_id,granted,at",
+            ["c0,1,2024-05-30", "c0,0,31.05.2024 10:00", "c1,0,2024-05-30", "c1,1,2099-01-01", "c2,1,2024-06-01"],
+            {"time": "at"},
+            {"c2"},
+        ),
     ],
 )
 def test_nobody_is_contacted_without_consent(scored, columns, rows, section, contacted):
@@ -122,7 +130,17 @@ def test_nobody_is_contacted_without_consent(scored, columns, rows, section, con
 
 
 def test_consent_by_channel(scored):
-    rows = ["c0,email,1", "c0,phone,0", "c1,phone,1", "c2,email,1", "c2,,0", "c3,,1", "c4,post,1"]
+    rows = [
+        "c0,Email,1",
+        "c0,phone,0",
+        "c1,phone,1",
+        "c2,email,1",
+        "c2,,0",
+        "c3,,1",
+        "c4,post,1",
+        "c5,email,1",
+        "c5,ALL,0",
+    ]
     consents(scored.folder, rows, "customer_id,how,granted")
     consent = {"table": "consents", "granted": "granted", "channel": "how"}
     scored.load(contacts={"consent": consent, "channels": {"email": 0.1, "phone": 2.0}}, holdout={"fraction": 1e-9})
@@ -176,6 +194,46 @@ def test_suppressed_customers_from_another_database(scored):
     scored.score(ALL)
     assert scored.audience()[CONTACT] == {"c2", "c4", "c5"}
     assert scored.plan["excluded"] == {"listed in never": 2, "listed in deceased": 1, "contacted often enough": 0}
+
+
+def test_suppression_is_read_to_the_last_digit(scored):
+    with duckdb.connect(str(scored.folder / "crm.duckdb")) as database:
+        database.execute("CREATE TABLE exact AS SELECT 12345678901234567::DECIMAL(20,0) AS customer_id")
+        database.execute("CREATE TABLE rounded AS SELECT 12345678901234567::DOUBLE AS customer_id")
+    keys = ["12345678901234567", "12345678901234568"]
+
+    def suppressed(table):
+        scored.load(contacts={**FREE, "suppression": [{"table": table, "connection": "duckdb://crm.duckdb"}]})
+        with open_engine() as engine:
+            return (
+                permission(scored.campaign, pa.array(keys), ["contact"], scored.home, engine, NOW)
+                .allowed[:, 0]
+                .tolist()
+            )
+
+    assert suppressed("exact") == [False, True]
+    with pytest.raises(
+        DataContractError, match="1 keys of table 'rounded' cannot be read as keys: whom they are about"
+    ):
+        suppressed("rounded")
+
+
+def test_two_campaigns_of_one_night_know_of_each_other(scored):
+    scored.load(holdout={"fraction": 1e-9})
+    scored.score(ALL)
+    scored.audience()
+    other = Scored(scored.folder / "home", name="other", contacts={**FREE, "at_most": {"campaigns": ["shop"]}})
+    other.home = scored.home
+    other.score([0.9] * 8)
+    assert other.audience()[CONTACT] | other.audience()[HELD] == {"c6", "c7"}
+
+
+def test_equal_customers_at_the_cut_off_are_held_like_the_others(scored):
+    scored.load(value={**VALUE, "capacity": 100}, holdout={"fraction": 0.2})
+    scored.score([0.5] * 1000)
+    found = scored.audience()
+    assert len(found[CONTACT]) == 100
+    assert 10 <= len(found[HELD]) <= 45, "of 200 held about an eighth would have been contacted"
 
 
 def test_nobody_is_contacted_more_often_than_the_cap(scored):
@@ -296,7 +354,7 @@ def test_files_are_written_once(scored):
     (file,) = folder.iterdir()
     before = file.read_bytes(), file.stat().st_mtime_ns
     lines = before[0].decode().splitlines()
-    assert (file.name, len(lines)) == ("shop_2024-06-01.csv", 7)
+    assert (file.name, len(lines)) == ("shop_2024-06-01_crm.csv", 7)
     assert "group" not in lines[0], "whoever carries it out must not treat them differently"
     report = scored.export()
     assert (report.sent, report.before) == (0, 6)
@@ -332,7 +390,7 @@ def test_parquet_goes_to_a_folder_of_the_users(scored):
         scored.export()
     (scored.folder / "out").mkdir()
     assert scored.export().sent == 6
-    assert pq.read_table(scored.folder / "out" / "shop_2024-06-01.parquet").num_rows == 6
+    assert pq.read_table(scored.folder / "out" / "shop_2024-06-01_crm.parquet").num_rows == 6
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "duckdb"])
@@ -438,6 +496,52 @@ def test_a_webhook_that_fails_gets_the_rest_later_and_nothing_twice(hooked, rece
     assert exported_contacts(hooked.home.lake("shop"), "crm", DAY) == {"sent": 6}
 
 
+def test_what_was_not_sent_does_not_count_as_contacted(hooked, receiver):
+    lake = hooked.home.lake("shop")
+    receiver.answers = [200, *[503] * 5]
+    with pytest.raises(SourceError):
+        hooked.export()
+    assert delivered_audiences(lake) == [], "in part: not to be compared"
+    assert len(contacted_keys(lake, DAY, with_held=True)) == 4, "but these were contacted"
+    receiver.answers = []
+    hooked.export()
+    assert delivered_audiences(lake) == [DAY]
+    assert len(contacted_keys(lake, DAY, with_held=True)) == 6
+
+
+def test_a_channel_that_was_renamed_is_named(hooked, receiver):
+    receiver.answers = [400]
+    with pytest.raises(SourceError):
+        hooked.export()
+    contacts = hooked.campaign.contacts.model_dump(mode="json", exclude_unset=True)
+    hooked.load(contacts={**contacts, "channels": {"mail": 0.1}}, **EXPORT)
+    with pytest.raises(DataContractError, match="was chosen with the channel 'contact', which is not there any more"):
+        hooked.export()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "duckdb"])
+def test_a_table_gains_the_column_of_an_experiment(scored, kind):
+    with_export(scored, kind="table", connection=f"{kind}://out.{kind}", table="contacts")
+    scored.export()
+    stated = {
+        "units": "audience",
+        "variants": {"control": 0.5, "warm": 0.5},
+        "starts": "2024-06-02",
+        "ends": "2024-07-02",
+    }
+    contacts = scored.campaign.contacts.model_dump(mode="json", exclude_unset=True)
+    scored.load(contacts=contacts, experiments={"words": stated}, **EXPORT)
+    day = DAY + timedelta(days=1)
+    scored.score(ALL, day)
+    scored.audience(day)
+    scored.export(day)
+    scored.load(
+        contacts=contacts, experiments={"words": {**stated, "variants": {"control": 0.8, "warm": 0.2}}}, **EXPORT
+    )
+    with pytest.raises(ConfigError, match=r"experiments\.words\.variants: was"):
+        scored.export(day)
+
+
 def test_consent_withdrawn_since_is_respected(hooked, receiver):
     """Also in a batch that was interrupted."""
     receiver.answers = [400]
@@ -480,6 +584,10 @@ def test_only_the_newest_audience_is_sent(scored):
             r"a secret must come from the environment, as \$\{NAME\}",
         ),
         ({"contacts": {"consent": "maybe"}}, r"contacts\.consent"),
+        (
+            {"contacts": {"consent": {"table": "c", "granted": "g", "max_age_days": 3}}},
+            "max_age_days needs 'time': without it nobody can tell how old",
+        ),
     ],
 )
 def test_what_a_campaign_may_not_say(scored, section, message):

@@ -1,5 +1,6 @@
 """Erasing a person: nothing is left, nothing else is lost, and ingestion does not bring the person back."""
 
+import decimal
 import json
 import os
 import shutil
@@ -7,16 +8,18 @@ import sqlite3
 import time
 from datetime import date
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.ingest import ingest_entities, ingest_stream
-from propensity_dagster.data.lake import Home
+from propensity_dagster.data.lake import Home, publish_table
 from propensity_dagster.data.tombstones import bury, is_buried
 from propensity_dagster.data.validate import validate_entities, validate_stream
 from propensity_dagster.erasure import erase_person, find_person
+from propensity_dagster.errors import ConfigError
 from propensity_dagster.serving.online import Facts, redis_facts, redis_has, write_redis
 from propensity_dagster.serving.publish.prediction_log import ingest_predictions
 from propensity_dagster.serving.settings import SETTINGS
@@ -182,10 +185,50 @@ def test_decisions_of_the_person_do_not_come_back(tmp_path, decisions):
     assert find_person("18", [campaign], home, NoModels()).rows == 2
 
 
-def test_the_first_column_is_the_key_of_a_campaign_without_a_file(lived):
+def test_tables_whose_key_is_not_known_stop_it(lived):
     _, home, person, store = lived
-    found = find_person(person, [], home, store)
-    assert {"features", "scores", "audience", "holdout"} <= {place.table for place in found.places}
+    with pytest.raises(ConfigError, match="holds data of small, whose campaign file is not among those that were read"):
+        erase_person(person, [], home, store)
+    assert not is_buried(person, home)
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "erased"),
+    [
+        ("00123", pa.array(["00123", "123"]), 1),
+        ("12345678901234567", pa.array([decimal.Decimal("12345678901234567"), None], pa.decimal128(18, 0)), 1),
+        ("A17", pa.array(["\tA17", "A17 ", "a17"]), 2),
+        ("4915112345678", pa.array([4915112345678.0, 4915112345679.0, None]), 1),
+        ("17", pa.array([17, 170, None]), 1),
+        ("1.5", pa.array([1.5, 1.0]), 0),
+        ("anna", pa.array([1, 2]), 0),
+    ],
+)
+def test_one_key_in_every_type(make_shop, key, values, erased):
+    shop = make_shop()
+    file = shop.home.lake("shop").file("raw_customers")
+    publish_table(pa.table({"customer_id": values, "age": list(range(len(values)))}), file)
+    done = erase_person(key, [shop.campaign], shop.home, NoModels())
+    assert (done.rows, done.left) == (erased, 0)
+    table = pq.read_table(file)
+    assert table.num_rows == len(values) - erased
+    assert table.schema.field("customer_id").type == values.type
+
+
+def test_keys_in_files_and_logs_are_text(make_shop):
+    shop = make_shop()
+    folder = shop.home.root / "exports" / "shop"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text('"customer_id","amount"\n"00123",1.50\n"7",2.00\n')
+    log = shop.home.predictions / "shop" / "day=2024-01-01"
+    log.mkdir(parents=True)
+    (log / "w.jsonl").write_text(
+        json.dumps({"key": "CORP\\jdoe", "probability": 0.123456789012345678, "more": "x" * 60}) + "\n"
+    )
+    assert erase_person("00123", [shop.campaign], shop.home, NoModels()).rows == 1
+    assert (folder / "a.csv").read_text().splitlines()[1:] == ['"7","2.00"']
+    assert erase_person("CORP\\jdoe", [shop.campaign], shop.home, NoModels()).rows == 1
+    assert "jdoe" not in (log / "w.jsonl").read_text()
 
 
 def test_redis_forgets(lived, redis_url):

@@ -9,7 +9,7 @@ from propensity_dagster.campaign_sections import Experiment
 from propensity_dagster.errors import ConfigError, DataContractError, InsufficientDataError
 from propensity_dagster.evaluation.splits import hash_fractions
 from propensity_dagster.experiments.assignment import assign
-from propensity_dagster.experiments.earned import Compared, earned_of, effect
+from propensity_dagster.experiments.earned import Compared, earned_of, effect, first_windows
 from propensity_dagster.experiments.power import power
 from propensity_dagster.experiments.readout import read_out, sample_ratio, shrink
 from propensity_dagster.experiments.sequential import always_valid_factor
@@ -100,8 +100,9 @@ def test_power_once():
     adjusted = power(0.05, 0.05 * 0.95, effect=0.1, share=0.5, explained=0.3)
     assert adjusted.units == pytest.approx(0.7 * stated.units, rel=1e-3)
     assert power(0.05, 0.05 * 0.95, stated.effect, 0.5).units == pytest.approx(10_000, abs=2)
-    for wrong in ({"mean": 0}, {"variance": 0}, {"share": 1}, {"effect": 0}, {"explained": 1}):
-        with pytest.raises(ConfigError, match=r"must (be|have)"):
+    wrongs = [{"mean": 0}, {"variance": 0}, {"share": 1}, {"effect": 0}, {"explained": 1}]
+    for wrong in [*wrongs, {"alpha": 0}, {"power": 1}, {"treated": -0.2}]:
+        with pytest.raises(ConfigError, match=r"must (be|have|lie)"):
             power(**{"mean": 0.1, "variance": 0.09, "effect": 0.1, "share": 0.5, **wrong})
 
 
@@ -315,6 +316,43 @@ def test_sure_things_earn_nothing():
     assert low < 0 < high
     assert found["incremental_profit"]["value"] < found["expected"] * 20 / 5
     assert found["cost"] == pytest.approx(0.5 * found["contacts"])
+
+
+def test_a_conversion_counts_once_though_the_windows_overlap():
+    """1,000 contacts and 100 held on five nights; half of the contacted buy once: 500, not 2,500."""
+    entity = np.tile(np.arange(1100), 5)
+    treated = entity < 1000
+    rng = np.random.default_rng(3)
+    bought = np.concatenate([rng.random(1000) < 0.5, rng.random(100) < 0.2])
+    rows = Compared(bought[entity].astype(float), treated, np.full(5500, 0.4), entity, np.ones(5500))
+    day = np.repeat(np.arange(5), 1100)
+    found = earned_of(rows, 20.0, first_windows(entity, day, 30))
+    assert (found["contacts"], found["measured"], found["cost"]) == (5000, 1000, 5000.0)
+    effect_ = bought[:1000].mean() - bought[1000:].mean()
+    assert found["incremental_conversions"]["value"] == pytest.approx(1000 * effect_)
+    assert found["incremental_profit"]["value"] == pytest.approx(20_000 * effect_ - 5000)
+    assert first_windows(np.zeros(5, dtype=int), np.array([0, 10, 30, 45, 60]), 30).tolist() == [1, 0, 1, 0, 1]
+
+
+def test_few_conversions_of_the_held_say_nothing():
+    rng = np.random.default_rng(4)
+    rows = contacts_of(rng, 3000, 1, np.full((3000, 2), 0.01), share=0.05)
+    assert rows.y[~rows.treated].sum() < 10
+    assert earned_of(rows, 20.0)["effect"] is None
+
+
+def test_no_effect_is_ruled_out_by_looking_often():
+    """With a true effect of the minimum, it may not be ruled out just because of the many looks: 60 tests, 10 looks."""
+    rng = np.random.default_rng(5)
+    ruled_out = 0
+    stated = experiment(minimum_effect=0.2)
+    for _ in range(60):
+        table = units_of(rng, 10_000, 0.2)
+        ruled_out += any(
+            "is ruled out" in read_out(stated, table.slice(0, n), covariate=False)["recommendation"]["do"]
+            for n in range(1000, 10_001, 1000)
+        )
+    assert ruled_out <= 3
 
 
 def test_too_few_held_say_nothing():

@@ -17,6 +17,7 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
+from dagster._core.errors import DagsterUnknownPartitionError
 
 from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign, load_campaigns
 from propensity_dagster.components.automation import (
@@ -145,13 +146,16 @@ def _run(
 ) -> None:
     start = time.perf_counter()
     logger.info("run %s %s", job, partition_key or " to ".join((tags or {}).values()))
-    result = defs.resolve_job_def(job).execute_in_process(
-        run_config={**_QUIET, **(config or {})},
-        instance=instance,
-        tags=dict(tags or {}),
-        partition_key=partition_key,
-        raise_on_error=False,
-    )
+    try:
+        result = defs.resolve_job_def(job).execute_in_process(
+            run_config={**_QUIET, **(config or {})},
+            instance=instance,
+            tags=dict(tags or {}),
+            partition_key=partition_key,
+            raise_on_error=False,
+        )
+    except DagsterUnknownPartitionError:
+        raise ConfigError(f"{job}: snapshot {partition_key} lies outside the campaign's calendar") from None
     if not result.success:
         raise PropensityError(_failure_of(result))
     logger.info("run %s finished in %.1f s", job, time.perf_counter() - start)

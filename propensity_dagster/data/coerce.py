@@ -27,6 +27,8 @@ def try_strptime(text: str, pattern: str) -> dt.Timestamp(scale=6):  # type: ign
 def key_text(column: Any) -> Any:
     """An entity key as text. 17850, 17850.0 and "17850.0" are one key: a log that lost values holds floats."""
     dtype = column.type()
+    if dtype.is_decimal() and not dtype.scale:
+        return column.cast("string")  # exact, however many digits
     if dtype.is_floating() or dtype.is_decimal():
         number = column.cast("float64")
         whole = is_finite(number) & (number == number.round()) & (number.abs() < _LARGEST)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.days import pc
 from propensity_dagster.data.lake import Home, Lake, publish_text
 
@@ -25,6 +25,8 @@ Ints = NDArray[np.int64]
 
 EARNED = "earned"
 MIN_HELD = 30
+MIN_EACH = 10
+"""Conversions, and others, on each side: below it the normal approximation says too little."""
 _Z95 = 1.959964
 
 
@@ -58,7 +60,8 @@ def effect(rows: Compared) -> tuple[float, float] | None:
     al. 2013), with errors clustered by customer (Liang and Zeger 1986). None where either side is too small.
     """
     n, m = int(rows.treated.sum()), int((~rows.treated).sum())
-    if min(n, m) < MIN_HELD:
+    converted = rows.y[rows.treated].sum(), rows.y[~rows.treated].sum()
+    if min(n, m) < MIN_HELD or min(*converted, n - converted[0], m - converted[1]) < MIN_EACH:
         return None
     centred = rows.p - rows.p.mean()
     spread = centred @ centred
@@ -73,21 +76,31 @@ def effect(rows: Compared) -> tuple[float, float] | None:
     return float(means[0] - means[1]), error
 
 
-def earned_of(rows: Compared, margin: float) -> dict[str, Any]:
+def earned_of(rows: Compared, margin: float, first: NDArray[np.bool_] | None = None) -> dict[str, Any]:
     """What the contacts of these rows brought beyond what would have come anyway, with 95% intervals.
 
+    Args:
+        rows: contacts and held.
+        margin: of a conversion.
+        first: rows (n,) whose outcome windows do not overlap with an earlier one of the same customer: a conversion
+            counts once. The cost is that of all contacts. None: all rows.
+
     Returns:
-        Plain data: contacts, held, conversions (observed among contacts), expected (by the forecast), cost, and unless
-        there are too few: effect, incremental_conversions, incremental_profit, return_on_cost.
+        Plain data: contacts, cost; of the rows in `first` measured (treated), held, conversions (observed among the
+        treated), expected (by the forecast); and unless there are too few: effect, incremental_conversions,
+        incremental_profit, return_on_cost.
     """
+    made, cost = int(rows.treated.sum()), float(rows.cost[rows.treated].sum())
+    rows = rows if first is None else rows.rows(first)
     contacts = rows.treated
     found: dict[str, Any] = {
-        "contacts": int(contacts.sum()),
+        "contacts": made,
+        "measured": int(contacts.sum()),
         "held": int((~contacts).sum()),
         "conversions": int(rows.y[contacts].sum()),
         "held_conversions": int(rows.y[~contacts].sum()),
         "expected": float(rows.p[contacts].sum()),
-        "cost": float(rows.cost[contacts].sum()),
+        "cost": cost,
         "effect": None,
         "incremental_conversions": None,
         "incremental_profit": None,
@@ -98,7 +111,7 @@ def earned_of(rows: Compared, margin: float) -> dict[str, Any]:
         return found
     value, error = measured
     per_contact = np.array([value, value - _Z95 * error, value + _Z95 * error])
-    conversions = per_contact * found["contacts"]
+    conversions = per_contact * found["measured"]
     profit = conversions * margin - found["cost"]
     found |= {
         "effect": _interval(per_contact),
@@ -108,6 +121,17 @@ def earned_of(rows: Compared, margin: float) -> dict[str, Any]:
     if found["cost"] > 0:
         found["return_on_cost"] = _interval(profit / found["cost"])
     return found
+
+
+def first_windows(entity: Ints, day: Ints, window: int) -> NDArray[np.bool_]:
+    """Rows (n,) to count: a customer's first, then each that is at least `window` days after the last counted one."""
+    counted = np.zeros(len(entity), dtype=bool)
+    last: dict[int, int] = {}
+    for row in np.lexsort((day, entity)).tolist():
+        who, at = int(entity[row]), int(day[row])
+        if who not in last or at - last[who] >= window:
+            counted[row], last[who] = True, at
+    return counted
 
 
 def publish_earned(campaign: Campaign, home: Home) -> dict[str, Any]:
@@ -132,20 +156,23 @@ def publish_earned(campaign: Campaign, home: Home) -> dict[str, Any]:
     chosen, by_lot = np.isin(group, (CONTACT, HELD)), np.isin(group, (RANDOM, RANDOM_HELD))
     decile = table["decile"].to_numpy()
     snapshot = table["snapshot"].to_numpy().astype("datetime64[D]")
+    window = campaign.outcome_end_days if isinstance(campaign, EventCampaign) else 0
+    first = first_windows(compared.entity, snapshot.astype(np.int64), window)
+
+    def earned(which: NDArray[np.bool_]) -> dict[str, Any]:
+        return earned_of(compared.rows(which), margin, first[which])
+
     record |= {
-        "total": earned_of(compared.rows(chosen), margin),
-        "deciles": [
-            {"decile": int(d), **earned_of(compared.rows(chosen & (decile == d)), margin)}
-            for d in np.unique(decile[chosen])
-        ],
+        "total": earned(chosen),
+        "deciles": [{"decile": int(d), **earned(chosen & (decile == d))} for d in np.unique(decile[chosen])],
         "snapshots": [
             {"snapshot": str(day), **earned_of(compared.rows(chosen & (snapshot == np.datetime64(day))), margin)}
             for day in known
         ],
     }
     if by_lot.any():
-        record["random"] = earned_of(compared.rows(by_lot), margin)
-        record["model"] = _worth_of_the_model(compared, chosen, by_lot, margin)
+        record["random"] = earned(by_lot)
+        record["model"] = _worth_of_the_model(compared, chosen & first, by_lot & first, margin)
     return _published(record, campaign, home)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from propensity_dagster.campaign import EventCampaign, measured_sums
+from propensity_dagster.campaign import Campaign, EventCampaign, measured_sums
 from propensity_dagster.campaign_sections import CONVERSION, Assignments, Experiment
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
@@ -59,7 +59,7 @@ class Units:
     newest: date
 
 
-def require_unchanged(campaign: EventCampaign, name: str, home: Home) -> None:
+def require_unchanged(campaign: Campaign, name: str, home: Home) -> None:
     """What makes an experiment is written down when it is first read, and must stay.
 
     Raises:
@@ -69,6 +69,10 @@ def require_unchanged(campaign: EventCampaign, name: str, home: Home) -> None:
     file = home.lake(campaign.name).root / "experiments" / name / "definition.json"
     stated = json.loads(experiment.model_dump_json(include=set(_FROZEN)))
     stated["variants"] = list(stated["variants"].items())  # their order is part of the assignment
+    if experiment.horizon_days is None and isinstance(campaign, EventCampaign):
+        stated["horizon_days"] = campaign.outcome.horizon_days
+    metric = experiment.metrics.get(experiment.primary)
+    stated["primary"] = {"name": experiment.primary, **(metric.model_dump() if metric else {})}
     now = json.loads(json.dumps(stated))
     if not file.exists():
         publish_text(json.dumps(now, indent=1), file)

@@ -65,6 +65,11 @@ def power(
             f"share must be between 0 and 1, explained from 0 to below 1, effect above 0; got {share:g}, "
             f"{explained:g}, {effect:g}"
         )
+    if not 0 < alpha < 1 or not 0 < power < 1 or (treated is not None and treated <= 0):
+        raise ConfigError(
+            "alpha and power must lie between 0 and 1, and the metric must still vary with the effect (a rate stays "
+            f"below 1); got alpha {alpha:g}, power {power:g}, effect {effect:g} on a mean of {mean:g}"
+        )
     # Variance of the difference, times n.
     one = (1 - explained) * ((variance if treated is None else treated) / share + variance / (1 - share))
     found = float(norm.ppf(power))

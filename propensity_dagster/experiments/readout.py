@@ -288,7 +288,7 @@ def _recommend(
         answer, do = "yes", f"Roll out {best}: it is better, whatever day you had looked."
     elif bad:
         answer, do = "no", f"Keep {experiment.control}: {best}, the best of the others, is worse."
-    elif sign * lift["high" if sign > 0 else "low"] < experiment.minimum_effect:
+    elif sign * always["high" if sign > 0 else "low"] < experiment.minimum_effect:
         answer = "no"
         do = (
             f"Keep {experiment.control}, or choose by cost: an improvement of {experiment.minimum_effect:.0%}, which "

@@ -4,17 +4,22 @@ Belongs here: reading and writing it. Does not: who is in it, which is the plan'
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from datetime import date
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from propensity_dagster.data.days import pc
 from propensity_dagster.data.lake import Lake, publish_table
 
 AUDIENCE, EXPORTED = "audience", "exported"
 CONTACT, HELD, RANDOM, RANDOM_HELD = "contact", "holdout", "random", "random_holdout"
 """Contacted because it pays; would have been, but is held; contacted by lot below the cut-off; held and below it."""
+
+SENDING, SENT, WITHDRAWN = "sending", "sent", "withdrawn"
+"""States of a contact in the journal of an export."""
 
 _PLAN = "plan"
 
@@ -50,6 +55,42 @@ def exported_contacts(lake: Lake, export: str, snapshot: date) -> dict[str, int]
 
 
 def delivered_audiences(lake: Lake) -> list[date]:
-    """Snapshots whose contacts were made, ascending: those that were exported; all, where there is no export."""
-    days = lake.partitions(AUDIENCE, "snapshot")
-    return [day for day in days if was_exported(lake, day) or not read_plan(lake, day)["exports"]]
+    """Snapshots whose contacts were made, ascending: those that one export has sent in full; all, without exports.
+
+    An audience that was sent in part is in neither: who was left out is not known to be like the others.
+    """
+    return [day for day in lake.partitions(AUDIENCE, "snapshot") if _is_delivered(lake, day)]
+
+
+def contacted_keys(lake: Lake, day: date, *, with_held: bool) -> pa.Array:
+    """Who was contacted on a snapshot; with those who would have been but are held, if anybody was."""
+    table = pq.read_table(lake.partition(AUDIENCE, "snapshot", day))
+    contacts = _keys_of(table, (CONTACT, RANDOM))
+    if read_plan(lake, day)["exports"]:
+        sent = pa.concat_arrays([pa.array([], pa.string()), *(keys for _, _, keys in _sent(lake, day))])
+        contacts = contacts.filter(pc.is_in(contacts, sent))
+    held = _keys_of(table, (HELD,)) if with_held and len(contacts) else pa.array([], pa.string())
+    return pa.concat_arrays([contacts, held])
+
+
+def _is_delivered(lake: Lake, day: date) -> bool:
+    if not read_plan(lake, day)["exports"]:
+        return True
+    contacts = len(_keys_of(pq.read_table(lake.partition(AUDIENCE, "snapshot", day)), (CONTACT, RANDOM)))
+    done: dict[str, int] = {}
+    for export, rows, _ in _sent(lake, day):
+        done[export] = done.get(export, 0) + rows
+    return bool(done) and max(done.values()) >= contacts
+
+
+def _sent(lake: Lake, day: date) -> Iterator[tuple[str, int, pa.Array]]:
+    """Of each batch that was sent: the export, its rows, and the keys of those who did not withdraw."""
+    for file in sorted(lake.root.glob(f"{EXPORTED}/*/snapshot={day}/batch-*.parquet")):
+        batch = pq.read_table(file)
+        sent = batch.filter(pc.equal(batch["state"], SENT)).column(0).combine_chunks()
+        if not pc.any(pc.equal(batch["state"], SENDING)).as_py():
+            yield file.parent.parent.name, batch.num_rows, sent
+
+
+def _keys_of(table: pa.Table, groups: Sequence[str]) -> pa.Array:
+    return table.filter(pc.is_in(table["group"], pa.array(groups))).column(0).combine_chunks()

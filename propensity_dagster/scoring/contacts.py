@@ -44,6 +44,7 @@ from propensity_dagster.scoring.permission import Flags, Permission, contacted_o
 logger = logging.getLogger(__name__)
 
 _Z95 = 1.959964
+_TIES = 1e-7
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,17 @@ def _choose(
     worth, ranked_by = scores["probability"].to_numpy(), read_decision(campaign, home)
     if ranked_by == UPLIFT:
         worth = _effects(campaign, snapshot, keys, home)
-    found = plan(worth, value.margin_per_conversion, lots.left(channels), lots.limits(limits), may.allowed, held)
+    # Equal customers are told apart by lot, the held among them: else of those at the cut-off none would be chosen.
+    # Nobody is made better by it: who only just pays the cost still does not.
+    lot = hash_fractions(keys.to_pylist(), f"ties:{campaign.name}:{snapshot}")
+    found = plan(
+        worth * (1 - _TIES * lot),
+        value.margin_per_conversion,
+        lots.left(channels),
+        lots.limits(limits),
+        may.allowed,
+        held,
+    )
     limited = np.zeros(len(keys), dtype=bool)
     for segment in limits.segments:
         if segment.maximum is not None:

@@ -40,7 +40,8 @@ from propensity_dagster.data.lake import Home, locked, publish_table, publishing
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import ConfigError, DataContractError, SourceError
 from propensity_dagster.experiments.assignment import assign
-from propensity_dagster.scoring.audiences import AUDIENCE, CONTACT, EXPORTED, RANDOM
+from propensity_dagster.experiments.measurement import require_unchanged
+from propensity_dagster.scoring.audiences import AUDIENCE, CONTACT, EXPORTED, RANDOM, SENDING, SENT, WITHDRAWN
 from propensity_dagster.scoring.batch import SCORES
 from propensity_dagster.scoring.permission import permission
 
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 _LIVE_DAYS = 7
 _TRIES, _BACKOFF, _TIMEOUT = 4, 0.5, 30
 _BUSY = (429, 500, 502, 503, 504)
-_STATE, _SENDING, _SENT, _WITHDRAWN = "state", "sending", "sent", "withdrawn"
+_STATE = "state"
 _SQL_TYPES = {"string": "TEXT", "double": "DOUBLE PRECISION", "int8": "INTEGER", "timestamp[us]": "TIMESTAMP"}
 
 
@@ -91,7 +92,7 @@ def export_audience(
     if problem:
         raise DataContractError(f"{campaign.name}: the audience is not sent: {problem}")
     contacts = audience.filter(pc.is_in(audience["group"], pa.array([CONTACT, RANDOM]))).drop_columns("group")
-    contacts = _with_variants(campaign, snapshot, contacts)
+    contacts = _with_variants(campaign, snapshot, contacts, home)
     folder = lake.root / EXPORTED / export.name / f"snapshot={snapshot}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
@@ -101,12 +102,12 @@ def export_audience(
         may = permission(campaign, contacts[campaign.key].combine_chunks(), _channels(campaign), home, engine, now)
         for file, batch in batches:
             at: Any = pc.index_in(batch[campaign.key].combine_chunks(), contacts[campaign.key].combine_chunks())
-            column = np.array([_channels(campaign).index(name) for name in batch["channel"].to_pylist()], dtype=int)
+            column = np.array([_place(campaign, name) for name in batch["channel"].to_pylist()], dtype=int)
             fine = may.allowed[np.asarray(at), column]
             if not file.exists():
-                publish_table(_marked(batch, np.full(len(fine), _SENDING)), file)
+                publish_table(_marked(batch, np.full(len(fine), SENDING)), file)
             send(int(file.stem.removeprefix("batch-")), batch.filter(pa.array(fine)))
-            publish_table(_marked(batch, np.where(fine, _SENT, _WITHDRAWN)), file)
+            publish_table(_marked(batch, np.where(fine, SENT, WITHDRAWN)), file)
             sent, withdrawn = sent + int(fine.sum()), withdrawn + int((~fine).sum())
     logger.info("export %s %s: %s sent, %s before", export.name, snapshot, f"{sent:,}", f"{before:,}")
     return ExportReport(sent, before, withdrawn)
@@ -117,13 +118,28 @@ def contact_id(campaign: str, snapshot: date, key: str, channel: str) -> str:
     return hashlib.sha256(f"{campaign}\n{snapshot}\n{key}\n{channel}".encode()).hexdigest()[:32]
 
 
-def _with_variants(campaign: Campaign, snapshot: date, contacts: pa.Table) -> pa.Table:
-    """A column `experiment_<name>` for each experiment on this audience: whoever sends must know who gets what."""
+def _with_variants(campaign: Campaign, snapshot: date, contacts: pa.Table, home: Home) -> pa.Table:
+    """A column `experiment_<name>` for each experiment on this audience: whoever sends must know who gets what.
+
+    Raises:
+        ConfigError: when an experiment was changed after its start: nobody is sent another variant.
+    """
     for name, experiment in campaign.experiments.items():
         if experiment.units == AUDIENCE and experiment.starts <= snapshot < experiment.ends:
+            require_unchanged(campaign, name, home)
             variants = assign(name, experiment, contacts[campaign.key].to_pylist())
             contacts = contacts.append_column(f"experiment_{name}", pa.array(variants, pa.string()))
     return contacts
+
+
+def _place(campaign: Campaign, channel: str) -> int:
+    channels = _channels(campaign)
+    if channel not in channels:
+        raise DataContractError(
+            f"{campaign.file}: contacts.channels: the audience was chosen with the channel {channel!r}, which is not "
+            f"there any more; there are {', '.join(channels)}"
+        )
+    return channels.index(channel)
 
 
 def _channels(campaign: Campaign) -> list[str]:
@@ -139,7 +155,7 @@ def _batches(
     for file in files:
         batch = pq.read_table(file)
         known.append(batch[campaign.key].combine_chunks())
-        if batch.num_rows and batch[_STATE][0].as_py() == _SENDING:
+        if batch.num_rows and batch[_STATE][0].as_py() == SENDING:
             found.append((file, batch.drop_columns(_STATE)))
         else:
             before += batch.num_rows
@@ -174,7 +190,7 @@ def _file(campaign: Campaign, export: Export, snapshot: date, home: Home) -> Cal
 
     def send(number: int, batch: pa.Table) -> None:
         part = f"_{number}" if number > 1 else ""
-        with publishing(folder / f"{campaign.name}_{snapshot}{part}.{export.kind}") as temporary:
+        with publishing(folder / f"{campaign.name}_{snapshot}_{export.name}{part}.{export.kind}") as temporary:
             if export.kind == "parquet":
                 write_parquet(batch, temporary)
             else:
@@ -214,6 +230,9 @@ def _insert(campaign: Campaign, export: Export, connection: str, batch: pa.Table
         try:
             with backend.con.transaction(), backend.con.cursor() as cursor:
                 cursor.execute(create)
+                cursor.execute(f'SELECT * FROM "{export.table}" LIMIT 0')
+                for change in _additions(export, kinds, cursor.description):
+                    cursor.execute(change)
                 cursor.executemany(insert.format(", ".join(["%s"] * len(kinds))), rows)
         finally:
             backend.disconnect()
@@ -227,14 +246,25 @@ def _insert(campaign: Campaign, export: Export, connection: str, batch: pa.Table
     if scheme == SQLITE:
         with sqlite3.connect(path, timeout=60) as database:
             database.execute(create)
+            for change in _additions(export, kinds, database.execute(f'SELECT * FROM "{export.table}"').description):
+                database.execute(change)
             texts = ([str(v) if isinstance(v, datetime) else v for v in row] for row in rows)
             database.executemany(insert.format(", ".join("?" * len(kinds))), texts)
         database.close()
         return
     with duckdb.connect(str(path)) as database:
         database.execute(create)
+        there = database.execute(f'SELECT * FROM "{export.table}" LIMIT 0').description
+        for change in _additions(export, kinds, there):
+            database.execute(change)
         database.register("batch", batch)
         database.execute(f'INSERT INTO "{export.table}" ({names}) SELECT {names} FROM batch ON CONFLICT DO NOTHING')
+
+
+def _additions(export: Export, kinds: dict[str, str], there: Any) -> list[str]:
+    """What a table lacks that was made before an experiment added a column."""
+    known = {column[0] for column in there or ()}
+    return [f'ALTER TABLE "{export.table}" ADD COLUMN "{n}" {kind}' for n, kind in kinds.items() if n not in known]
 
 
 def _webhook(campaign: Campaign, export: Export, snapshot: date, where: str) -> Callable[[int, pa.Table], None]:

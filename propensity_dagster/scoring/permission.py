@@ -16,7 +16,6 @@ from typing import Any
 import ibis
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from propensity_dagster.campaign import Campaign
@@ -27,9 +26,11 @@ from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import read_register
 from propensity_dagster.errors import ConfigError, DataContractError
-from propensity_dagster.scoring.audiences import AUDIENCE, CONTACT, HELD, RANDOM, delivered_audiences
+from propensity_dagster.scoring.audiences import AUDIENCE, contacted_keys
 
 Flags = NDArray[np.bool_]
+
+_EVERY_CHANNEL = ("all", "any", "*")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,14 @@ def permission(
     for i, register in enumerate(campaign.contacts.suppression):
         where = f"contacts.suppression.{i}"
         listed = read_register(campaign, where, register, {"key": register.key or campaign.key}, home, engine)
-        table = engine.arrow(listed.select(key=coerce.key_text(listed.key)).filter(ibis._.key.notnull()).distinct())
+        text = coerce.key_text(listed.key)
+        lost = int(engine.arrow(listed.aggregate(n=coerce.lost(listed.key, text).sum()))["n"][0].as_py() or 0)
+        if lost:
+            raise DataContractError(
+                f"{campaign.file}: {where}: {lost:,} keys of table {register.table!r} cannot be read as keys: whom "
+                "they are about is not known, and nobody is contacted"
+            )
+        table = engine.arrow(listed.select(key=text).filter(ibis._.key.notnull()).distinct())
         suppressed = pc.is_in(keys, table["key"].combine_chunks()).to_numpy(zero_copy_only=False)
         found = found.without(np.asarray(suppressed), f"listed in {register.table}")
     return found
@@ -92,15 +100,16 @@ def contacted_often(campaign: Campaign, snapshot: date, keys: pa.Array, home: Ho
     if cap is None:
         return np.zeros(len(keys), dtype=bool)
     counts = np.zeros(len(keys), dtype=np.int64)
-    own = {campaign.name: (CONTACT, RANDOM, HELD), **dict.fromkeys(cap.campaigns, (CONTACT, RANDOM))}
-    for name, groups in own.items():
+    first = snapshot - timedelta(days=cap.days)
+    for name in (campaign.name, *cap.campaigns):
+        mine = name == campaign.name
         lake = home.lake(name)
-        for day in delivered_audiences(lake):
-            if not snapshot - timedelta(days=cap.days) < day < snapshot:
+        for day in lake.partitions(AUDIENCE, "snapshot"):
+            # Another campaign may have contacted somebody this very night.
+            if not first < day < (snapshot if mine else snapshot + timedelta(days=1)):
                 continue
-            table = pq.read_table(lake.partition(AUDIENCE, "snapshot", day))
-            contacts = table.filter(pc.and_(pc.is_in(table["group"], pa.array(groups)), pc.is_valid(table["channel"])))
-            at: Any = pc.index_in(contacts.column(0).combine_chunks(), keys)
+            contacted = contacted_keys(lake, day, with_held=mine)
+            at: Any = pc.index_in(contacted, keys)
             counts += np.bincount(at.drop_null().to_numpy(), minlength=len(keys))
     return counts >= cap.contacts
 
@@ -123,7 +132,9 @@ def _granted(
     at = ibis.literal(datetime(1970, 1, 1))
     if consent.time:
         at = coerce.utc_time(rows.time, None, f"{campaign.file}: {where}.time")
-    text = coerce.category(rows.channel) if consent.channel else ibis.literal("")
+        at = ibis.ifelse(at > now + timedelta(days=1), ibis.null().cast("timestamp"), at)  # has not been yet
+    text = coerce.category(rows.channel).lower() if consent.channel else ibis.literal("")
+    text = ibis.ifelse(text.isin(list(_EVERY_CHANNEL)), ibis.null().cast("string"), text)
     table = rows.select(key=coerce.key_text(rows.key), channel=text, granted=granted.cast("int8"), at=at)
     table = engine.cache(table.filter(table.key.notnull()))
     state = engine.arrow(table.aggregate(rows=table.count(), newest=table["at"].max())).to_pylist()[0]
@@ -135,13 +146,14 @@ def _granted(
             f"{campaign.file}: {where}: table {consent.table!r} is stale: its newest {consent.time!r} is "
             f"{state['newest']}, {consent.max_age_days} days are allowed (max_age_days); nobody is contacted"
         )
-    # A row without a time is older than any with one; a refusal sorts behind a consent of the same time.
-    order = [table["at"].fill_null(datetime(1, 1, 1)).desc(), table.granted.asc()]
+    # Whose time cannot be read, or lies ahead: a refusal counts as the newest, a consent as the oldest.
+    known = table["at"].fill_null(ibis.ifelse(table.granted == 0, datetime(9999, 1, 1), datetime(1, 1, 1)))
+    order = [known.desc(), table.granted.asc()]
     rank = ibis.row_number().over(group_by=[table.key, table.channel], order_by=order)
     newest = engine.arrow(table.mutate(rank=rank).filter(ibis._.rank == 0).select("key", "channel", "granted"))
     found = np.zeros((len(keys), len(channels)), dtype=bool)
     for i, channel in enumerate(channels):
-        of_channel = newest.filter(pc.equal(newest["channel"], channel)) if consent.channel else newest
+        of_channel = newest.filter(pc.equal(newest["channel"], channel.lower())) if consent.channel else newest
         found[:, i] = _in(keys, of_channel.filter(pc.equal(of_channel["granted"], 1)))
     if consent.channel:  # a refusal that names no channel is one of all
         general = newest.filter(pc.and_(pc.is_null(newest["channel"]), pc.equal(newest["granted"], 0)))
