@@ -136,6 +136,17 @@ def test_thresholds_equal_counting():
     assert found[-1]["more_than_all"]["value"] == pytest.approx(0, abs=1e-9)
 
 
+def test_the_profit_of_each_tenth_equals_counting():
+    judged = scores()
+    record = evaluate(CAMPAIGN, judged, "lightgbm", 0.0, FACTS, replicates=50).record
+    y, value = judged.y[np.argsort(-judged.log_odds["lightgbm"])], CAMPAIGN.value
+    for i, row in enumerate(record["deciles"]["lightgbm"]):
+        tenth = y[400 * i : 400 * (i + 1)]
+        profit = tenth.mean() * value.margin_per_conversion - value.cost_per_contact
+        assert row["tenth_profit_per_thousand"]["value"] == pytest.approx(1000 * profit)
+        assert row["tenth_profit_per_thousand"]["low"] < row["tenth_profit_per_thousand"]["high"]
+
+
 def test_reaching_a_share_of_the_converters_equals_counting():
     judged = scores()
     record = evaluate(CAMPAIGN, judged, "lightgbm", 0.0, FACTS, replicates=50).record

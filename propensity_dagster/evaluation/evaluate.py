@@ -113,7 +113,7 @@ def evaluate(
             for name, found in replicated.items()
         },
         "comparisons": _comparisons(challenger, replicated),
-        "deciles": _deciles(replicated),
+        "deciles": _deciles(campaign, replicated),
         "threshold": _threshold(campaign, replicated),
         "thresholds": _thresholds(campaign, scores, models[challenger], replicates),
         "reach": _reach(campaign, scores, models[challenger], replicates),
@@ -139,18 +139,24 @@ def _comparisons(challenger: str, replicated: Mapping[str, Mapping[str, Floats]]
     }
 
 
-def _deciles(replicated: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
-    """Recall, precision and lift when contacting the best 10%, 20%, ... of the rows."""
+def _deciles(campaign: Campaign, replicated: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
+    """Recall, precision and lift when contacting the best 10%, 20%, ... of the rows; the profit of each tenth alone."""
+    value = campaign.value
     found: dict[str, Any] = {}
     for name, metrics in replicated.items():
         _, _, converters, rows = metrics[_BREAK_EVEN].T
         recall = metrics[_GAINS]
+        tenths = np.diff(recall, axis=1, prepend=0.0)  # share of the converters in each tenth
         found[name] = [
             {
                 "contacted": float(fraction),
                 "recall": estimate(recall[:, i]).to_json(),
                 "precision": estimate(recall[:, i] / fraction * converters / rows).to_json(),
                 "lift": estimate(recall[:, i] / fraction).to_json(),
+                "tenth_profit_per_thousand": estimate(
+                    1000
+                    * (tenths[:, i] / 0.1 * converters / rows * value.margin_per_conversion - value.cost_per_contact)
+                ).to_json(),
             }
             for i, fraction in enumerate(DECILES)
         ]
