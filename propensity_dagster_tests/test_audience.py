@@ -57,15 +57,16 @@ class Scored:
         rank = np.argsort(np.argsort(-np.asarray(probability), kind="stable"))
         table = pa.table(
             {
-                "customer_id": keys,
+                "customer_id": pa.array(keys, pa.string()),
                 "probability": pa.array(probability, pa.float64()),
                 "decile": pa.array(1 + 10 * rank // max(n, 1), pa.int8()),
-                "model_version": ["1"] * n,
+                "model_version": pa.array(["1"] * n, pa.string()),
             }
         )
         lake = self.home.lake(self.campaign.name)
         publish_table(table, lake.partition("scores", "snapshot", day))
-        features = pa.table({"customer_id": keys, "country": pa.array(country or ["DE"] * n)})
+        text = pa.string()
+        features = pa.table({"customer_id": pa.array(keys, text), "country": pa.array(country or ["DE"] * n, text)})
         publish_table(features, lake.partition("features", "snapshot", day))
 
     def audience(self, day=DAY, now=NOW, **limits):
@@ -325,6 +326,20 @@ def test_contacts_by_lot_below_the_cut_off(scored):
     assert scored.plan["cost"] == 300
     with pytest.raises(PlanError, match="100 is more than the capacity of 50"):
         scored.audience(capacity=50)
+
+
+def test_an_audience_of_nobody(scored):
+    """Nobody was eligible, or nobody may be contacted: an empty audience, and nothing to send."""
+    scored.load(contacts={**FREE, "random": 3, "exports": [{"name": "crm", "kind": "csv"}]})
+    scored.score([])
+    assert not any(scored.audience().values())
+    assert scored.export().sent == 0
+    assert not (scored.home.root / "exports").exists()
+    consents(scored.folder, ["c9,1"])
+    scored.load(contacts={"consent": {"table": "consents", "granted": "granted"}})
+    scored.score(ALL)
+    assert not any(scored.audience().values())
+    assert scored.plan["excluded"]["no consent"] == 6
 
 
 def test_limits_of_the_run_replace_the_files(scored):

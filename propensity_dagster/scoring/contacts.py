@@ -24,7 +24,7 @@ from propensity_dagster.evaluation.bootstrap import Estimate
 from propensity_dagster.evaluation.planner import NOBODY, Channel, Floats, Limits, Plan, SegmentLimit, plan
 from propensity_dagster.evaluation.splits import hash_fractions
 from propensity_dagster.evaluation.value import break_even
-from propensity_dagster.experiments.holdout import hold_out
+from propensity_dagster.experiments.holdout import HOLDOUT, hold_out
 from propensity_dagster.experiments.uplift import PROPENSITY, UPLIFT, effects, error_of_sum, read_decision
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.scoring.audiences import (
@@ -184,8 +184,10 @@ def audience_violations(campaign: Campaign, snapshot: date, home: Home) -> dict[
     """What must never happen in a published audience: rows of a held customer who is contacted, or named twice."""
     file = home.lake(campaign.name).existing_partition(AUDIENCE, "snapshot", snapshot)
     table = pq.read_table(file, columns=[campaign.key, "group", "channel"])
-    register = home.lake(campaign.name).existing("holdout")
-    held = pq.read_table(register, filters=[("held", "=", True), ("until", ">", snapshot)])[campaign.key]
+    register = home.lake(campaign.name).file(HOLDOUT)
+    held = pa.chunked_array([], pa.string())  # where nobody was ever scored there is no register
+    if register.exists():
+        held = pq.read_table(register, filters=[("held", "=", True), ("until", ">", snapshot)])[campaign.key]
     contacts = table.filter(pc.is_in(table["group"], pa.array([CONTACT, RANDOM])))
     return {
         "held_and_contacted": int(pc.sum(pc.is_in(contacts[campaign.key], held.combine_chunks())).as_py() or 0),
