@@ -25,6 +25,7 @@ from propensity_dagster.errors import ConfigError, DataContractError, Insufficie
 from propensity_dagster.evaluation.bootstrap import estimate, lower_bound
 from propensity_dagster.evaluation.uplift import (
     Comparability,
+    Flags,
     Floats,
     Outcomes,
     Ranked,
@@ -51,16 +52,6 @@ _TENTHS = 10
 _Z95 = 1.959964
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """Rows to learn from, to choose the learner with, and to judge on; all of one trial. Judged: row numbers."""
-
-    train: Trial
-    validate: Trial
-    judged: Trial
-    places: Any
-
-
 @dataclass
 class _Rows:
     """The trial's rows: table, encoded features without and with what the treatment wrote to."""
@@ -71,7 +62,7 @@ class _Rows:
     treated: Any
     entity: Any
 
-    def split(self, name: str) -> Any:
+    def split(self, name: str) -> Flags:
         return np.array(self.table["split"].to_pylist(), dtype=object) == name
 
 
@@ -97,16 +88,18 @@ def publish_uplift(campaign: Campaign, home: Home) -> dict[str, Any]:
     models: list[UpliftModel] = []
     scores = {name: np.full(len(rows.treated), np.nan) for name in (UPLIFT, PROPENSITY, *LEARNERS)}
     chosen: list[str] = []
-    for fold in _folds(campaign, rows):
-        model = fit_uplift(fold.train, fold.validate, campaign.seed)
-        found = {name: _qini(model.effect(name, fold.validate.rows.X), fold.validate) for name in LEARNERS}
+    trial = Trial(rows.before, rows.treated)
+    for train, validate, judged in _folds(campaign, rows):
+        choosing, X = trial.part(validate), rows.before.rows(judged).X
+        model = fit_uplift(trial.part(train), choosing, campaign.seed)
+        found = {name: _qini(model.effect(name, choosing.rows.X), choosing) for name in LEARNERS}
         best = max(found, key=lambda name: found[name])
         models.append(model)
         chosen.append(best)
         for name in LEARNERS:
-            scores[name][fold.places] = model.effect(name, fold.judged.rows.X)
-        scores[UPLIFT][fold.places] = scores[best][fold.places]
-        scores[PROPENSITY][fold.places] = _response(campaign, rows, fold)
+            scores[name][judged] = model.effect(name, X)
+        scores[UPLIFT][judged] = scores[best][judged]
+        scores[PROPENSITY][judged] = _response(campaign, rows, train, validate, judged)
         logger.info("uplift: %s chosen of %s", best, {k: round(v, 5) for k, v in found.items()})
     judged = ~np.isnan(scores[UPLIFT])
     outcomes = Outcomes(rows.before.y, rows.treated, rows.entity).rows(judged)
@@ -223,28 +216,23 @@ def _require_enough(campaign: Campaign, rows: _Rows) -> None:
             )
 
 
-def _folds(campaign: Campaign, rows: _Rows) -> Iterator[_Fold]:
-    """What learns, what chooses, what is judged: never a row of one in another.
+def _folds(campaign: Campaign, rows: _Rows) -> Iterator[tuple[Flags, Flags, Flags]]:
+    """Rows (n,) that learn, that choose the learner, and that are judged: never a row of one in another.
 
     Snapshots are judged out of time. A table that is tested in folds is judged as a whole, each row by models that saw
     neither its fold nor the one that chose the learner.
     """
-    trial = Trial(rows.before, rows.treated)
-
-    def fold(train: Any, validate: Any, judged: Any) -> _Fold:
-        return _Fold(trial.part(train), trial.part(validate), trial.part(judged), np.flatnonzero(judged))
-
     if isinstance(campaign, EventCampaign):
-        yield fold(*(rows.split(name) for name in ("train", "validate", "test")))
+        yield rows.split("train"), rows.split("validate"), rows.split("test")
     elif "fold" in rows.table.column_names:
         number = rows.table["fold"].to_numpy()
         count = int(number.max()) + 1
         for k in range(count):
             held, choosing = number == k, number == (k + 1) % count
-            yield fold(~held & ~choosing, choosing, held)
+            yield ~held & ~choosing, choosing, held
     else:
-        test = rows.split("test")
-        yield fold(~test & (rows.before.fold != 0), ~test & (rows.before.fold == 0), test)
+        test, choosing = rows.split("test"), rows.before.fold == 0
+        yield ~test & ~choosing, ~test & choosing, test
 
 
 def _qini(effect: Floats, trial: Trial) -> float:
@@ -252,19 +240,8 @@ def _qini(effect: Floats, trial: Trial) -> float:
     return float(qini(ranked(effect, outcomes, np.ones((1, len(trial.treated)))))[0])
 
 
-def _response(campaign: Campaign, rows: _Rows, fold: _Fold) -> Floats:
+def _response(campaign: Campaign, rows: _Rows, train: Flags, validate: Flags, judged: Flags) -> Floats:
     """Probability to convert of the judged rows, by a model of both arms that may see the whole history."""
-    judged = np.zeros(len(rows.treated), dtype=bool)
-    judged[fold.places] = True
-    if isinstance(campaign, EventCampaign):
-        train, validate = rows.split("train"), rows.split("validate")
-    elif "fold" in rows.table.column_names:
-        number = rows.table["fold"].to_numpy()
-        validate = number == (int(number[fold.places[0]]) + 1) % (int(number.max()) + 1)
-        train = ~judged & ~validate
-    else:
-        validate = ~judged & (rows.response.fold == 0)
-        train = ~judged & ~validate
     fit = LightGBMEstimator(seed=campaign.seed).fit(rows.response.rows(train), rows.response.rows(validate))
     return expit(fit.scorer.log_odds(rows.response.rows(judged).X))
 
