@@ -5,6 +5,7 @@ Belongs here: the two shapes of a campaign, reading the YAML, and its error mess
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,8 @@ from propensity_dagster.campaign_sections import (
     require_known,
 )
 from propensity_dagster.errors import ConfigError
+
+_ALTERNATIVE = re.compile(r"literal\[.*\]|function-after\[.*\]|Consent|Assignments")
 
 SHIPPED = Path(__file__).parent / "campaigns"
 CAMPAIGNS = "PROPENSITY_CAMPAIGNS"
@@ -307,8 +310,8 @@ def load_campaign(path: Path) -> Campaign:
     try:
         return shape.model_validate({**content, "file": path.resolve()})
     except ValidationError as error:
-        lines = [explain_problem(path, shape, problem) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines)) from None
+        found = [one_of_two(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(explain_problem(path, shape, problem) for problem in found if problem)) from None
 
 
 def load_campaigns(folder: Path) -> list[Campaign]:
@@ -376,6 +379,20 @@ def _candidate(item: object) -> object:
         ((name, params),) = item.items()
         return {"name": name, "params": params or {}} if name != "name" else item
     return item
+
+
+def one_of_two(problem: Any) -> Any:
+    """A problem with a key that takes a word or a section, without pydantic's name for which of the two; None where it
+    is about the other one than was written.
+    """
+    place = [part for part in problem["loc"] if not _ALTERNATIVE.fullmatch(str(part))]
+    if len(place) == len(problem["loc"]):
+        return problem
+    about_words = any(str(part).startswith("literal[") for part in problem["loc"])
+    if about_words == isinstance(problem["input"], dict) and problem["type"] in ("literal_error", "model_type"):
+        return None
+    message = problem["msg"] + " or a section of its own" if about_words else problem["msg"]
+    return {**problem, "loc": tuple(place), "msg": message}
 
 
 def explain_problem(path: Path, shape: type[BaseModel], problem: Any) -> str:

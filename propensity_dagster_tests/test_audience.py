@@ -598,7 +598,15 @@ def test_only_the_newest_audience_is_sent(scored):
             },
             r"a secret must come from the environment, as \$\{NAME\}",
         ),
-        ({"contacts": {"consent": "maybe"}}, r"contacts\.consent"),
+        (
+            {"contacts": {"consent": "maybe"}},
+            r"yaml: contacts\.consent: Input should be 'not_required' or a section of its own, got 'maybe'$",
+        ),
+        ({"contacts": {"consent": {"table": "c"}}}, r"yaml: contacts\.consent\.granted: required key is missing$"),
+        (
+            {"contacts": {"consent": {"table": "c", "granted": "g", "chanel": "x"}}},
+            r"yaml: contacts\.consent\.chanel: unknown key; did you mean 'channel'\?",
+        ),
         (
             {"contacts": {"consent": {"table": "c", "granted": "g", "max_age_days": 3}}},
             "max_age_days needs 'time': without it nobody can tell how old",
