@@ -23,6 +23,8 @@ from propensity_dagster.monitoring.alerts import PAGE
 from propensity_dagster.monitoring.drift import read_drift
 from propensity_dagster.monitoring.findings import snapshot_findings, verdict
 from propensity_dagster.monitoring.quality import read_quality
+from propensity_dagster.reports.experiment_page import EARNED_PAGE
+from propensity_dagster.reports.uplift_page import UPLIFT_PAGE
 from propensity_dagster.scoring.audiences import AUDIENCE, exported_contacts, read_plan
 from propensity_dagster.scoring.batch import SCORES
 from propensity_dagster.scoring.candidates import read_evaluation
@@ -231,9 +233,11 @@ def _where(campaign: Campaign, home: Home) -> Table:
     rows = [
         ("lineage, runs, checks", f"{own}make dev"),
         ("scores, with reasons", _short(found[1]) if found else "none"),
+        *_contacted(campaign, found, home),
         *([("over HTTP", "make serve")] if found else []),
         ("the evaluation, a page", _short(reports / "report.html")),
         *([("is it still right, a page", _short(reports / PAGE))] if (reports / PAGE).exists() else []),
+        *_pages(campaign, reports),
         ("for whom, how good", _short(reports / "model_card.md")),
         ("every number", _short(reports / "evaluation.json")),
         *([("features explained", _short(reports / "features.md"))] if (reports / "features.md").exists() else []),
@@ -243,6 +247,21 @@ def _where(campaign: Campaign, home: Home) -> Table:
     for what, where in rows:
         table.add_row(what, where)
     return table
+
+
+def _contacted(campaign: Campaign, found: tuple[date, Path] | None, home: Home) -> list[tuple[str, str]]:
+    """The audience of the newest scores, and the folder of what was sent, where there are any."""
+    sent = home.root / "exports" / campaign.name
+    file = home.lake(campaign.name).partition(AUDIENCE, "snapshot", found[0]) if found else sent / "none"
+    rows = [("whom to contact", _short(file))] if file.exists() else []
+    return [*rows, *([("as files to send", _short(sent))] if sent.is_dir() else [])]
+
+
+def _pages(campaign: Campaign, reports: Path) -> list[tuple[str, str]]:
+    """Pages about contacts: what they earned, whom they change, what experiments showed."""
+    pages = [("what contacts earned, a page", EARNED_PAGE), ("whom contacts change, a page", UPLIFT_PAGE)]
+    pages += [(f"{name.replace('_', ' ')}, an experiment", f"experiment_{name}.html") for name in campaign.experiments]
+    return [(words, _short(reports / page)) for words, page in pages if (reports / page).exists()]
 
 
 def _short(path: Path) -> str:
