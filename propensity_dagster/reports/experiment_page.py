@@ -11,7 +11,7 @@ import numpy as np
 from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.campaign_sections import Experiment
 from propensity_dagster.data.lake import Home, publish_text
-from propensity_dagster.experiments.earned import MIN_HELD
+from propensity_dagster.experiments.earned import MIN_EACH
 from propensity_dagster.reports.plots import svg_plot
 from propensity_dagster.reports.rendering import money, template
 
@@ -49,7 +49,7 @@ def publish_earned_page(campaign: Campaign, record: dict[str, Any], home: Home) 
         "total": total,
         "sentence": describe_earned(record),
         "good": bool(total and total["incremental_profit"] and total["incremental_profit"]["low"] > 0),
-        "min_held": MIN_HELD,
+        "few": MIN_EACH,
         "svg": svg_plot("earned", lambda axes: _draw_ledger(axes, known)) if known else "",
     }
     file = home.reports(campaign.name) / EARNED_PAGE
@@ -69,7 +69,7 @@ def describe_earned(record: dict[str, Any]) -> str:
         )
     profit = total["incremental_profit"]
     if profit is None:
-        return f"{total['held']} of those who would have been contacted were held back; {MIN_HELD} are needed to tell."
+        return f"Too few were held back, or converted, to tell: {MIN_EACH} conversions are needed on each side."
     amount = f"{money(profit['value'])} ({money(profit['low'])} to {money(profit['high'])})"
     if profit["low"] > 0:
         return f"The contacts earned {amount} beyond what would have come anyway, after their cost."
