@@ -100,7 +100,8 @@ def test_the_smallest_world(tmp_path, name):
 
 
 def test_the_truth_lies_where_no_source_reads(world):
-    assert {p.name for p in world.tables.iterdir()} == {"customers.csv", "orders", "web_visits", "emails"}
+    tables = {"customers.csv", "consents.parquet", "orders", "web_visits", "emails"}
+    assert {p.name for p in world.tables.iterdir()} == tables
     assert (world.folder / "oracle" / "latents.parquet").exists()
     named = pq.read_schema(next((world.tables / "orders").glob("*.parquet"))).names
     assert named == ["order_id", "customer_id", "ordered_at", "amount", "category"]
