@@ -67,7 +67,7 @@ class Nights:
         new = []
         for file in sorted(self.world.rglob("*")):
             target = self.source / file.relative_to(self.world)
-            if file.suffix == ".csv":
+            if file.is_file() and file.parent == self.world:  # of no day: customers, consents
                 shutil.copy(file, target)
             elif file.is_file() and not target.exists() and file_day(file) < before:
                 target.parent.mkdir(parents=True, exist_ok=True)
