@@ -85,15 +85,14 @@ def plan(
     budget: BudgetOption = None,
 ) -> None:
     """Show whom of a scored snapshot it pays to contact, and what that is expected to earn. Contacts nobody."""
-    from propensity_dagster.reports.summary import newest_scores, print_plan
+    from propensity_dagster.reports.summary import print_plan
     from propensity_dagster.runtime import Runtime
+    from propensity_dagster.scoring.batch import newest_scored
     from propensity_dagster.scoring.contacts import plan_contacts
 
     chosen, home = find_campaign(campaign), Home.from_environment()
-    newest = newest_scores(chosen, home)
-    if newest is None:
-        raise ConfigError(f"{chosen.name}: nothing has been scored yet; run propensity demo or propensity score first")
-    day = date.fromisoformat(_date(snapshot)) if snapshot else newest[0]
+    newest = newest_scored(chosen, home)
+    day = date.fromisoformat(_date(snapshot)) if snapshot else newest
     with Runtime.from_environment().engine() as engine:
         planned = plan_contacts(chosen, day, home, engine, now_utc(), capacity, budget)
     print_plan(chosen, planned, _console())
@@ -112,12 +111,12 @@ def audience(
     options += [] if budget is None else ["--budget", str(budget)]
     chosen = find_campaign(campaign)
     _launch(chosen, *options)
-    from propensity_dagster.reports.summary import newest_scores, print_audience
+    from propensity_dagster.reports.summary import print_audience
+    from propensity_dagster.scoring.batch import newest_scored
 
     home = Home.from_environment()
-    newest = newest_scores(chosen, home)
-    assert newest is not None  # else the launch failed
-    print_audience(chosen, date.fromisoformat(snapshot) if snapshot else newest[0], home, _console())
+    day = date.fromisoformat(snapshot) if snapshot else newest_scored(chosen, home)
+    print_audience(chosen, day, home, _console())
 
 
 @app.command()

@@ -134,14 +134,13 @@ def erase_person(
             _blank_lines(wanted, place.file)
         elif place.file.suffix == ".sqlite":
             _rewrite_online(wanted, place.file)
-        elif place.table == "training_set":
-            _rewrite_parquet(wanted, place.file, columns)
-            for file in (home.candidates(place.campaign)).glob("*.npy"):  # a row each of a table that lost some
-                file.unlink()
         elif place.file.suffix == ".csv":
             _rewrite_csv(wanted, place.file, columns)
         else:
             _rewrite_parquet(wanted, place.file, columns)
+        if place.table == "training_set":
+            for file in home.candidates(place.campaign).glob("*.npy"):  # a row each of a table that lost some
+                file.unlink()
         tell(place)
     found.left = find_person(key, campaigns, home, store).rows
     if found.left:

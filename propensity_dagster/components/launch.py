@@ -35,7 +35,8 @@ from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.features.activity import ACTIVITY
 from propensity_dagster.runtime import Runtime
 from propensity_dagster.scoring.audiences import AUDIENCE
-from propensity_dagster.scoring.batch import SCORES
+from propensity_dagster.scoring.batch import SCORES, newest_scored
+from propensity_dagster.scoring.permission import require_consent
 
 logger = logging.getLogger("propensity_dagster.launch")
 
@@ -108,17 +109,8 @@ def choose_audience(
     Raises:
         PropensityError: with the message of the first asset that failed.
     """
-    if campaign.contacts.consent is None:
-        raise ConfigError(
-            f"{campaign.file}: contacts.consent is not set, so nobody is contacted: name the table of consents, such "
-            "as {table: consents, granted: granted}, or write 'not_required' if the law asks for none"
-        )
-    scored = runtime.home.lake(campaign.name).partitions(SCORES, "snapshot")
-    if not scored:
-        raise ConfigError(
-            f"{campaign.name}: nothing has been scored yet; run propensity demo or propensity score first"
-        )
-    snapshot = snapshot or scored[-1]
+    require_consent(campaign)
+    snapshot = snapshot or newest_scored(campaign, runtime.home)
     stated = {name: value for name, value in limits.items() if value is not None}
     config: dict[str, Any] = {"ops": {f"{campaign.name}__{AUDIENCE}": {"config": stated}}} if stated else {}
     _run(defs, instance, audience_job_name(campaign), partition_key=str(snapshot), config=config)

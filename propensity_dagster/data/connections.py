@@ -173,6 +173,37 @@ def reading(what: str) -> Generator[None]:
         raise
 
 
+@contextmanager
+def writing(what: str) -> Generator[None]:
+    """Turn a failing write to a database into a SourceError. Passwords never get into a message.
+
+    Raises:
+        SourceError: when the database refuses or goes away inside the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_database_error(error) or isinstance(error, duckdb.Error | OSError):
+            reason = redacted(" ".join(str(error).split()))[:400]
+            raise SourceError(f"{what}: cannot be written: {reason}") from None
+        raise
+
+
+def database_file(campaign: Campaign, where: str, connection: str) -> Path:
+    """File of a SQLite or DuckDB database to write to. It is made where it is missing, but not its folder.
+
+    Raises:
+        ConfigError: when there is no such folder, or the connection is of another kind.
+    """
+    for scheme in (SQLITE, DUCKDB):
+        if connection.startswith(scheme):
+            path = (campaign.file.parent / connection.removeprefix(scheme)).resolve()
+            if not path.parent.is_dir():
+                raise ConfigError(f"{campaign.file}: {where}: there is no folder {path.parent}")
+            return path
+    raise ConfigError(f"{campaign.file}: {where}: must be duckdb://, sqlite:// or postgres://")
+
+
 def is_database_error(error: Exception) -> bool:
     """Whether a database, and not our code, raised it. The driver of Postgres need not be installed."""
     return isinstance(error, sqlite3.Error) or any(c.__module__.startswith("psycopg") for c in type(error).__mro__)

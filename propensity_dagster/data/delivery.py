@@ -18,17 +18,17 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.connections import (
-    DUCKDB,
     POSTGRES,
     SQLITE,
     connect_postgres,
+    database_file,
     expand_variables,
     is_database_error,
-    redacted,
     require_known_scheme,
+    writing,
 )
 from propensity_dagster.data.engine import BATCH_ROWS
-from propensity_dagster.errors import ConfigError, SourceError
+from propensity_dagster.errors import ConfigError
 
 _STAGED = "propensity_staged_scores"
 
@@ -52,29 +52,13 @@ def deliver_scores(campaign: Campaign, snapshot: date, scores: Path) -> int:
     connection = expand_variables(campaign, "target.connection", target.connection)
     require_known_scheme(campaign, "target.connection", connection)
     where = f"{campaign.file}: target {target.table!r}"
-    try:
+    with writing(where):
         if connection.startswith(POSTGRES):
             return _deliver_postgres(campaign, connection, snapshot, scores, where)
-        path = _database_file(campaign, connection)
+        path = database_file(campaign, "target.connection", connection)
         if connection.startswith(SQLITE):
             return _deliver_sqlite(campaign, path, snapshot, scores, where)
         return _deliver_duckdb(campaign, path, snapshot, scores, where)
-    except Exception as error:
-        if is_database_error(error) or isinstance(error, duckdb.Error | OSError):
-            reason = redacted(" ".join(str(error).split()))[:400]
-            raise SourceError(f"{where}: cannot be written: {reason}") from None
-        raise
-
-
-def _database_file(campaign: Campaign, connection: str) -> Path:
-    """A database file is made where it is missing, but not its folder."""
-    for scheme in (SQLITE, DUCKDB):
-        if connection.startswith(scheme):
-            path = (campaign.file.parent / connection.removeprefix(scheme)).resolve()
-            if not path.parent.is_dir():
-                raise ConfigError(f"{campaign.file}: target.connection: there is no folder {path.parent}")
-            return path
-    raise ConfigError(f"{campaign.file}: target.connection: must be duckdb://, sqlite:// or postgres://")
 
 
 def _deliver_postgres(campaign: Campaign, connection: str, snapshot: date, scores: Path, where: str) -> int:

@@ -11,6 +11,8 @@ from propensity_dagster.evaluation.metrics import METRICS, Floats, Judged, Weigh
 Ints = NDArray[np.int64]
 
 REPLICATES = 250
+Z95 = 1.959964
+"""Standard errors from an estimate to the limits of its 95% interval."""
 _CELLS = 4_000_000  # weights held at a time
 
 

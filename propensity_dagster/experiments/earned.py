@@ -6,7 +6,6 @@ the ledger of expected against incremental. Does not: who was held, or the page.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -19,6 +18,16 @@ from numpy.typing import NDArray
 from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.days import pc
 from propensity_dagster.data.lake import Home, Lake, publish_text
+from propensity_dagster.evaluation.bootstrap import Z95, Estimate
+from propensity_dagster.monitoring.outcomes import OUTCOMES
+from propensity_dagster.scoring.audiences import (
+    AUDIENCE,
+    CONTACT,
+    HELD,
+    RANDOM,
+    RANDOM_HELD,
+    delivered_audiences,
+)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -27,7 +36,6 @@ EARNED = "earned"
 MIN_HELD = 30
 MIN_EACH = 10
 """Conversions, and others, on each side: below it the normal approximation says too little."""
-_Z95 = 1.959964
 
 
 @dataclass(frozen=True)
@@ -110,16 +118,16 @@ def earned_of(rows: Compared, margin: float, first: NDArray[np.bool_] | None = N
     if measured is None:
         return found
     value, error = measured
-    per_contact = np.array([value, value - _Z95 * error, value + _Z95 * error])
+    per_contact = _with_error(value, error)
     conversions = per_contact * found["measured"]
     profit = conversions * margin - found["cost"]
     found |= {
-        "effect": _interval(per_contact),
-        "incremental_conversions": _interval(conversions),
-        "incremental_profit": _interval(profit),
+        "effect": Estimate(*per_contact).to_json(),
+        "incremental_conversions": Estimate(*conversions).to_json(),
+        "incremental_profit": Estimate(*profit).to_json(),
     }
     if found["cost"] > 0:
-        found["return_on_cost"] = _interval(profit / found["cost"])
+        found["return_on_cost"] = Estimate(*profit / found["cost"]).to_json()
     return found
 
 
@@ -141,11 +149,9 @@ def publish_earned(campaign: Campaign, home: Home) -> dict[str, Any]:
         Plain data: `total`, `deciles`, `snapshots` (the ledger), `random` (contacts by lot below the cut-off), `model`
         (how much more a chosen contact brings than one by lot), `waiting` (audiences whose outcomes are not known yet).
     """
-    from propensity_dagster.scoring.audiences import CONTACT, HELD, RANDOM, RANDOM_HELD, delivered_audiences
-
     lake = home.lake(campaign.name)
     days = delivered_audiences(lake)
-    known = [day for day in days if lake.partition("outcomes", "snapshot", day).exists()]
+    known = [day for day in days if lake.partition(OUTCOMES, "snapshot", day).exists()]
     table = pa.concat_tables([_with_outcomes(campaign, lake, day) for day in known]) if known else None
     margin = campaign.value.margin_per_conversion
     record: dict[str, Any] = {"campaign": campaign.name, "waiting": [str(d) for d in days if d not in known]}
@@ -176,10 +182,9 @@ def publish_earned(campaign: Campaign, home: Home) -> dict[str, Any]:
     return _published(record, campaign, home)
 
 
-def read_earned(campaign: Campaign, home: Home) -> dict[str, Any] | None:
-    """The record, or None before it was published."""
-    file = home.reports(campaign.name) / "earned.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def _with_error(value: float, error: float) -> Floats:
+    """Value and limits of its 95% interval (3,)."""
+    return np.array([value, value - Z95 * error, value + Z95 * error])
 
 
 def _worth_of_the_model(
@@ -190,15 +195,18 @@ def _worth_of_the_model(
     if best is None or lot is None:
         return None
     value, error = best[0] - lot[0], float(np.hypot(best[1], lot[1]))
-    per_contact = np.array([value, value - _Z95 * error, value + _Z95 * error])
+    per_contact = _with_error(value, error)
     contacts = int((chosen & compared.treated).sum())
-    return {"effect": _interval(per_contact), "profit": _interval(per_contact * contacts * margin)}
+    return {
+        "effect": Estimate(*per_contact).to_json(),
+        "profit": Estimate(*per_contact * contacts * margin).to_json(),
+    }
 
 
 def _with_outcomes(campaign: Campaign, lake: Lake, day: date) -> pa.Table:
     """The audience of a snapshot with `converted`; rows whose outcome is not known are left out."""
-    audience = pq.read_table(lake.partition("audience", "snapshot", day))
-    outcomes = pq.read_table(lake.partition("outcomes", "snapshot", day), columns=[campaign.key, "converted"])
+    audience = pq.read_table(lake.partition(AUDIENCE, "snapshot", day))
+    outcomes = pq.read_table(lake.partition(OUTCOMES, "snapshot", day), columns=[campaign.key, "converted"])
     at: Any = pc.index_in(audience[campaign.key].combine_chunks(), outcomes[campaign.key].combine_chunks())
     table = audience.append_column("converted", outcomes["converted"].take(at))
     return table.filter(pc.is_valid(table["converted"])).select(
@@ -220,7 +228,3 @@ def _compared(table: pa.Table, key: str, treated: NDArray[np.bool_]) -> Compared
 def _published(record: dict[str, Any], campaign: Campaign, home: Home) -> dict[str, Any]:
     publish_text(json.dumps(record, indent=1), home.reports(campaign.name) / "earned.json")
     return record
-
-
-def _interval(values: Floats) -> Mapping[str, float]:
-    return {"value": float(values[0]), "low": float(values[1]), "high": float(values[2])}

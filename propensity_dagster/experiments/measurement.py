@@ -34,8 +34,10 @@ from propensity_dagster.experiments.assignment import assign
 from propensity_dagster.experiments.readout import read_out, segment_names
 from propensity_dagster.features.activity import ACTIVITY
 from propensity_dagster.features.build import entity_table
+from propensity_dagster.scoring.audiences import AUDIENCE, CONTACT, RANDOM, delivered_audiences
+from propensity_dagster.scoring.batch import SCORES
+from propensity_dagster.serving.publish.prediction_log import PREDICTIONS
 
-_AUDIENCE, _SCORES, _PREDICTIONS = "audience", "scores", "predictions"
 _COVARIATE_SHARE = 0.9  # of the units a score must be known for, to be the covariate
 _FROZEN = ("units", "variants", "starts", "horizon_days", "primary", "alpha", "planned_units", "salt")
 
@@ -150,7 +152,7 @@ def _exposed(campaign: EventCampaign, name: str, experiment: Experiment, home: H
     lake = home.lake(campaign.name)
     if isinstance(experiment.units, Assignments):
         rows = _assigned_elsewhere(campaign, name, experiment.units, home, engine)
-    elif experiment.units == _PREDICTIONS:
+    elif experiment.units == PREDICTIONS:
         rows = _answered(campaign, lake, experiment)
     else:
         rows = _in_snapshots(campaign, lake, experiment)
@@ -174,11 +176,9 @@ def _exposed(campaign: EventCampaign, name: str, experiment: Experiment, home: H
 
 def _in_snapshots(campaign: EventCampaign, lake: Lake, experiment: Experiment) -> pa.Table:
     """Contacts of delivered audiences, or all who were scored, of the experiment's days."""
-    from propensity_dagster.scoring.audiences import CONTACT, RANDOM, delivered_audiences
-
-    of_audience = experiment.units == _AUDIENCE
-    table = _AUDIENCE if of_audience else _SCORES
-    days = delivered_audiences(lake) if of_audience else lake.partitions(_SCORES, "snapshot")
+    of_audience = experiment.units == AUDIENCE
+    table = AUDIENCE if of_audience else SCORES
+    days = delivered_audiences(lake) if of_audience else lake.partitions(SCORES, "snapshot")
     parts = [_schema().empty_table()]
     for day in days:
         if experiment.starts <= day < experiment.ends:
@@ -194,9 +194,9 @@ def _in_snapshots(campaign: EventCampaign, lake: Lake, experiment: Experiment) -
 def _answered(campaign: EventCampaign, lake: Lake, experiment: Experiment) -> pa.Table:
     """Customers whom the service answered, from its log; the score is the variant's own and no covariate."""
     parts = [_schema(variant=True).empty_table()]
-    for day in lake.partitions(_PREDICTIONS, "day"):
+    for day in lake.partitions(PREDICTIONS, "day"):
         if experiment.starts <= day < experiment.ends:
-            rows = pq.read_table(lake.partition(_PREDICTIONS, "day", day), columns=["key", "variant"])
+            rows = pq.read_table(lake.partition(PREDICTIONS, "day", day), columns=["key", "variant"])
             rows = rows.filter(pc.is_valid(rows["key"])).group_by(["key", "variant"]).aggregate([])
             n = rows.num_rows
             start = pa.repeat(pa.scalar(day + timedelta(days=1), pa.date32()), n)
@@ -226,10 +226,10 @@ def _last_scores(campaign: EventCampaign, units: pa.Table, lake: Lake) -> pa.Tab
     """The newest score of each unit from on or before its first day."""
     score = np.full(units.num_rows, np.nan)
     start = units["start"].to_numpy(zero_copy_only=False).astype("datetime64[D]")
-    for day in lake.partitions(_SCORES, "snapshot"):
+    for day in lake.partitions(SCORES, "snapshot"):
         rows = np.flatnonzero(start >= np.datetime64(day))
         if len(rows):
-            table = pq.read_table(lake.partition(_SCORES, "snapshot", day), columns=[campaign.key, "probability"])
+            table = pq.read_table(lake.partition(SCORES, "snapshot", day), columns=[campaign.key, "probability"])
             at: Any = pc.index_in(
                 units["key"].combine_chunks().take(pa.array(rows)), table[campaign.key].combine_chunks()
             )

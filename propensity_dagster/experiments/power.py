@@ -1,7 +1,6 @@
 """How many units, and how many days, an experiment needs to find the effect that is worth finding."""
 
 from dataclasses import dataclass
-from datetime import date
 
 import numpy as np
 from scipy.stats import norm
@@ -84,8 +83,3 @@ def power(
     detectable = (float(norm.ppf(1 - alpha / 2)) + found) * np.sqrt(one / planned) / mean
     days = [None if not daily else int(np.ceil(n / daily)) for n in (once, peeking)]
     return Power(int(np.ceil(once)), int(np.ceil(peeking)), days[0], days[1], float(detectable))
-
-
-def last_day(starts: date, ends: date, horizon: int) -> date:
-    """The day on which the last unit that may be assigned has been measured."""
-    return date.fromordinal(starts.toordinal() + (ends - starts).days - 1 + horizon)

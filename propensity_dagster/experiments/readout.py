@@ -7,7 +7,6 @@ in, plain data out. Does not: where units and measures come from, or the page.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from scipy.stats import chisquare, norm
 from propensity_dagster.campaign_sections import CONVERSION, Experiment, Metric
 from propensity_dagster.data.days import pc
 from propensity_dagster.errors import DataContractError, InsufficientDataError
+from propensity_dagster.evaluation.bootstrap import Estimate
 from propensity_dagster.experiments.sequential import always_valid_factor
 
 Floats = NDArray[np.float64]
@@ -27,20 +27,6 @@ MIN_UNITS = 100
 """In each variant, with `MIN_POSITIVE` whose metric is not 0: below it the normal approximation says nothing."""
 MIN_POSITIVE = 10
 _MIN_SEGMENT = 100
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its limits."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether all of it is on one side."""
-        return self.low > 0 or self.high < 0
 
 
 def sample_ratio(experiment: Experiment, counts: Mapping[str, int]) -> dict[str, Any]:
@@ -122,17 +108,17 @@ def _compare(
             pair = int(pc.sum(pc.is_in(units["variant"], pa.array([experiment.control, variant]))).as_py())
             factor = always_valid_factor(pair, experiment.planned_units, experiment.alpha)
             widen = float(factor) / float(norm.ppf(1 - experiment.alpha / 2))
-            absolute = Interval(result.effect_size, result.effect_size_ci_lower, result.effect_size_ci_upper)
-            relative = Interval(
+            absolute = Estimate(result.effect_size, result.effect_size_ci_lower, result.effect_size_ci_upper)
+            relative = Estimate(
                 result.rel_effect_size, result.rel_effect_size_ci_lower, result.rel_effect_size_ci_upper
             )
             control = float(result.control)
             variants[variant] = {
                 "mean": float(result.treatment),
-                "difference": _plain(absolute),
-                "lift": _plain(relative),
-                "difference_always": _plain(_widened(absolute, widen)),
-                "lift_always": _plain(_widened(relative, widen)),
+                "difference": absolute.to_json(),
+                "lift": relative.to_json(),
+                "difference_always": _widened(absolute, widen).to_json(),
+                "lift_always": _widened(relative, widen).to_json(),
                 "p_value": float(result.pvalue),
             }
         found[name] = {"better": metric.better, "control": control, "variants": variants}
@@ -221,7 +207,7 @@ def _segments(experiment: Experiment, units: pa.Table, metric: Metric, covariate
             if len(of_variant) > 1:
                 d, s = (np.array([row[k] for row in of_variant]) for k in ("difference", "error"))
                 for row, middle, spread in zip(of_variant, *shrink(d, s), strict=True):
-                    row["shrunk"] = _plain(Interval(middle, middle - z * spread, middle + z * spread))
+                    row["shrunk"] = Estimate(middle, middle - z * spread, middle + z * spread).to_json()
                 found += of_variant
     return found
 
@@ -315,13 +301,9 @@ def _broken_guardrails(
     return broken
 
 
-def _widened(interval: Interval, factor: float) -> Interval:
+def _widened(interval: Estimate, factor: float) -> Estimate:
     below, above = interval.value - interval.low, interval.high - interval.value
-    return Interval(interval.value, interval.value - factor * below, interval.value + factor * above)
-
-
-def _plain(interval: Interval) -> dict[str, float]:
-    return {"value": float(interval.value), "low": float(interval.low), "high": float(interval.high)}
+    return Estimate(interval.value, interval.value - factor * below, interval.value + factor * above)
 
 
 def segment_names(experiment: Experiment, campaign_segments: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from propensity_dagster.data.days import pc
 from propensity_dagster.data.decisions import DECIDED_AT, POSITION
 from propensity_dagster.data.lake import Home, publish_text, publishing_folder
 from propensity_dagster.errors import ConfigError, DataContractError, InsufficientDataError
-from propensity_dagster.evaluation.bootstrap import estimate, lower_bound
+from propensity_dagster.evaluation.bootstrap import Z95, estimate, lower_bound
 from propensity_dagster.evaluation.uplift import (
     Comparability,
     Flags,
@@ -49,7 +49,6 @@ UPLIFT, PROPENSITY = "uplift", "propensity"
 _REPLICATES = 500
 _MIN_CONVERTED = 100  # in each arm of the training rows
 _TENTHS = 10
-_Z95 = 1.959964
 
 
 @dataclass
@@ -112,25 +111,23 @@ def publish_uplift(campaign: Campaign, home: Home) -> dict[str, Any]:
     }
     with publishing_folder(_folder(campaign, home)) as temporary:
         write_uplift(models, chosen, rows.before.contract, temporary)
-    publish_text(json.dumps(record, indent=1), home.reports(campaign.name) / "uplift.json")
+    publish_text(json.dumps(record, indent=1), _record_file(campaign, home))
     return record
 
 
 def read_decision(campaign: Campaign, home: Home) -> str:
     """What to rank by: uplift, where a trial showed that it is better; else propensity."""
-    file = home.reports(campaign.name) / "uplift.json"
-    if campaign.treatment is None or not file.exists():
+    if campaign.treatment is None or not _record_file(campaign, home).exists():
         return PROPENSITY
-    return json.loads(file.read_text(encoding="utf-8"))["decision"]["rank_by"]
+    return _read_record(campaign, home)["decision"]["rank_by"]
 
 
 def error_of_sum(campaign: Campaign, effect: Floats, home: Home) -> float:
     """Standard error of the sum of estimated effects (n,): that of the tenth of the ranking each falls into."""
-    record = json.loads((home.reports(campaign.name) / "uplift.json").read_text(encoding="utf-8"))
-    tenths = record["tenths"]
+    tenths = _read_record(campaign, home)["tenths"]
     lowest = np.array([row["lowest"] for row in tenths[:-1]])  # of the tenths from the best on, descending
     place = np.searchsorted(-lowest, -effect, side="left")
-    error = np.array([(row["observed"]["high"] - row["observed"]["low"]) / (2 * _Z95) for row in tenths])
+    error = np.array([(row["observed"]["high"] - row["observed"]["low"]) / (2 * Z95) for row in tenths])
     return float(np.sqrt(((np.bincount(place, minlength=len(tenths)) * error) ** 2).sum()))
 
 
@@ -151,6 +148,14 @@ def effects(campaign: Campaign, features: Path, home: Home) -> pa.Table:
         effect = np.mean([m.effect(name, X) for m, name in zip(models, learners, strict=True)], axis=0)
         parts.append(pa.table({campaign.key: batch.column(campaign.key), "effect": effect}))
     return pa.concat_tables(parts) if parts else pa.table({campaign.key: pa.array([], pa.string()), "effect": []})
+
+
+def _record_file(campaign: Campaign, home: Home) -> Path:
+    return home.reports(campaign.name) / "uplift.json"
+
+
+def _read_record(campaign: Campaign, home: Home) -> dict[str, Any]:
+    return json.loads(_record_file(campaign, home).read_text(encoding="utf-8"))
 
 
 def _folder(campaign: Campaign, home: Home) -> Path:

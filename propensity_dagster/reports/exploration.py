@@ -18,6 +18,7 @@ from propensity_dagster.campaign import Campaign, EventCampaign, find_campaign
 from propensity_dagster.data.lake import Home
 from propensity_dagster.doctor.columns import auc_alone
 from propensity_dagster.errors import ConfigError
+from propensity_dagster.evaluation.bootstrap import Z95
 from propensity_dagster.evaluation.splits import TRAIN
 from propensity_dagster.explain.population import FeatureWords, describe_features, sample_rows
 from propensity_dagster.features.snapshots import SPLITS, TRAINING_SET
@@ -30,7 +31,7 @@ from propensity_dagster.reports.summary import count_rows, newest_scores
 from propensity_dagster.scoring.candidates import folds_of, read_evaluation, training_datasets
 from propensity_dagster.wording import words as in_words
 
-_GROUPS, _Z95 = 10, 1.959964
+_GROUPS = 10
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#7F7F7F")
 _LINES = ("-", "--", "-.", ":")
 Draw = Callable[[Any], None]
@@ -389,9 +390,9 @@ def _rates(axes: Any, words: FeatureWords, column: pa.ChunkedArray, y: Floats) -
 
 def _wilson(converted: float, rows: float) -> tuple[float, float]:
     """95% interval of a rate (Wilson 1927)."""
-    rate, z2 = converted / rows, _Z95**2
+    rate, z2 = converted / rows, Z95**2
     middle = (rate + z2 / (2 * rows)) / (1 + z2 / rows)
-    half = _Z95 * np.sqrt(rate * (1 - rate) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
+    half = Z95 * np.sqrt(rate * (1 - rate) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 

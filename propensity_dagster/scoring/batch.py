@@ -30,7 +30,7 @@ from propensity_dagster.contracts import reason_columns, scores_contract
 from propensity_dagster.data.engine import BATCH_ROWS, Engine
 from propensity_dagster.data.lake import Home, publishing
 from propensity_dagster.data.quarantine import count_violations
-from propensity_dagster.errors import DataContractError
+from propensity_dagster.errors import ConfigError, DataContractError
 from propensity_dagster.explain.population import sample_file
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.models.base import FittedModel
@@ -135,6 +135,20 @@ def score_snapshot(
         logger.warning("scores %s: categories never seen in training: %s", snapshot, first.unseen)
     mean = total / max(rows, 1)
     return ScoresReport(rows_in, rows, mean, float(smallest), float(largest), shift, first.unseen)
+
+
+def newest_scored(campaign: Campaign, home: Home) -> date:
+    """The newest scored snapshot.
+
+    Raises:
+        ConfigError: when nothing has been scored yet.
+    """
+    scored = home.lake(campaign.name).partitions(SCORES, "snapshot")
+    if not scored:
+        raise ConfigError(
+            f"{campaign.name}: nothing has been scored yet; run propensity demo or propensity score first"
+        )
+    return scored[-1]
 
 
 def score_violations(campaign: Campaign, snapshot: date, home: Home, engine: Engine) -> int:

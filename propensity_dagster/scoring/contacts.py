@@ -20,7 +20,7 @@ from propensity_dagster.data.days import pc
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import DataContractError, PlanError
-from propensity_dagster.evaluation.bootstrap import Estimate
+from propensity_dagster.evaluation.bootstrap import Z95, Estimate
 from propensity_dagster.evaluation.planner import NOBODY, Channel, Floats, Limits, Plan, SegmentLimit, plan
 from propensity_dagster.evaluation.splits import hash_fractions
 from propensity_dagster.evaluation.value import break_even
@@ -43,7 +43,6 @@ from propensity_dagster.scoring.permission import Flags, Permission, contacted_o
 
 logger = logging.getLogger(__name__)
 
-_Z95 = 1.959964
 _TIES = 1e-7
 
 
@@ -399,13 +398,13 @@ def _table(campaign: Campaign, snapshot: date, scores: pa.Table, chosen: _Chosen
 
 def _poisson_binomial(probability: Floats) -> Estimate:
     """A sum of independent draws, by its normal approximation."""
-    mean, spread = float(probability.sum()), _Z95 * float(np.sqrt((probability * (1 - probability)).sum()))
+    mean, spread = float(probability.sum()), Z95 * float(np.sqrt((probability * (1 - probability)).sum()))
     return Estimate(mean, max(mean - spread, 0.0), mean + spread)
 
 
 def _sum_of_effects(campaign: Campaign, effect: Floats, home: Home) -> Estimate:
     """What contacts change together, with the error that the trial left in each tenth of the ranking."""
-    value, spread = float(effect.sum()), _Z95 * error_of_sum(campaign, effect, home)
+    value, spread = float(effect.sum()), Z95 * error_of_sum(campaign, effect, home)
     return Estimate(value, value - spread, value + spread)
 
 

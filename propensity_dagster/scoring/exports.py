@@ -11,6 +11,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -25,14 +26,13 @@ from pyarrow import csv
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.campaign_sections import Export
 from propensity_dagster.data.connections import (
-    DUCKDB,
     POSTGRES,
     SQLITE,
     connect_postgres,
+    database_file,
     expand_variables,
-    is_database_error,
-    redacted,
     require_known_scheme,
+    writing,
 )
 from propensity_dagster.data.days import pc
 from propensity_dagster.data.engine import Engine
@@ -206,18 +206,13 @@ def _table(campaign: Campaign, export: Export, where: str) -> Callable[[int, pa.
 
     def send(number: int, batch: pa.Table) -> None:
         del number
-        try:
-            _insert(campaign, export, connection, batch)
-        except Exception as error:
-            if is_database_error(error) or isinstance(error, duckdb.Error | OSError):
-                reason = redacted(" ".join(str(error).split()))[:400]
-                raise SourceError(f"{campaign.file}: {where}: cannot be written: {reason}") from None
-            raise
+        with writing(f"{campaign.file}: {where}"):
+            _insert(campaign, export, connection, batch, where)
 
     return send
 
 
-def _insert(campaign: Campaign, export: Export, connection: str, batch: pa.Table) -> None:
+def _insert(campaign: Campaign, export: Export, connection: str, batch: pa.Table, where: str) -> None:
     kinds = {field.name: _SQL_TYPES[str(field.type)] for field in batch.schema}
     columns = ", ".join(f'"{name}" {kind}' for name, kind in kinds.items())
     names = ", ".join(f'"{name}"' for name in kinds)
@@ -237,20 +232,14 @@ def _insert(campaign: Campaign, export: Export, connection: str, batch: pa.Table
         finally:
             backend.disconnect()
         return
-    scheme = next((s for s in (SQLITE, DUCKDB) if connection.startswith(s)), None)
-    if scheme is None:
-        raise ConfigError(
-            f"{campaign.file}: contacts.exports.{export.name}: must be duckdb://, sqlite:// or postgres://"
-        )
-    path = (campaign.file.parent / connection.removeprefix(scheme)).resolve()
-    if scheme == SQLITE:
-        with sqlite3.connect(path, timeout=60) as database:
+    path = database_file(campaign, where, connection)
+    if connection.startswith(SQLITE):
+        with closing(sqlite3.connect(path, timeout=60)) as database, database:
             database.execute(create)
             for change in _additions(export, kinds, database.execute(f'SELECT * FROM "{export.table}"').description):
                 database.execute(change)
             texts = ([str(v) if isinstance(v, datetime) else v for v in row] for row in rows)
             database.executemany(insert.format(", ".join("?" * len(kinds))), texts)
-        database.close()
         return
     with duckdb.connect(str(path)) as database:
         database.execute(create)

@@ -11,7 +11,7 @@ what forbids a contact. Does not: what makes one worth its cost.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import ibis
 import numpy as np
@@ -47,6 +47,21 @@ class Permission:
         return Permission(allowed, {**self.excluded, reason: lost})
 
 
+def require_consent(campaign: Campaign) -> Consent | Literal["not_required"]:
+    """What the campaign says of consent.
+
+    Raises:
+        ConfigError: when it says nothing: then nobody is contacted.
+    """
+    consent = campaign.contacts.consent
+    if consent is None:
+        raise ConfigError(
+            f"{campaign.file}: contacts.consent is not set, so nobody is contacted: name the table of consents, such "
+            "as {table: consents, granted: granted}, or write 'not_required' if the law asks for none"
+        )
+    return consent
+
+
 def permission(
     campaign: Campaign, keys: pa.Array, channels: Sequence[str], home: Home, engine: Engine, now: datetime
 ) -> Permission:
@@ -65,13 +80,8 @@ def permission(
         DataContractError: when the consents are stale, or there is none.
         SourceError: when a register cannot be read.
     """
-    consent = campaign.contacts.consent
+    consent = require_consent(campaign)
     found = Permission(np.ones((len(keys), len(channels)), dtype=bool))
-    if consent is None:
-        raise ConfigError(
-            f"{campaign.file}: contacts.consent is not set, so nobody is contacted: name the table of consents, such "
-            "as {table: consents, granted: granted}, or write 'not_required' if the law asks for none"
-        )
     if consent != "not_required":
         found = found.without(~_granted(campaign, consent, keys, channels, home, engine, now), "no consent")
     for i, register in enumerate(campaign.contacts.suppression):
