@@ -133,12 +133,18 @@ def earned_of(rows: Compared, margin: float, first: NDArray[np.bool_] | None = N
 
 def first_windows(entity: Ints, day: Ints, window: int) -> NDArray[np.bool_]:
     """Rows (n,) to count: a customer's first, then each that is at least `window` days after the last counted one."""
+    if window == 0 or not len(entity):
+        return np.ones(len(entity), dtype=bool)
     counted = np.zeros(len(entity), dtype=bool)
-    last: dict[int, int] = {}
-    for row in np.lexsort((day, entity)).tolist():
-        who, at = int(entity[row]), int(day[row])
-        if who not in last or at - last[who] >= window:
-            counted[row], last[who] = True, at
+    order = np.lexsort((day, entity))
+    who, since = entity[order], day[order] - day.min()
+    place = who * (since.max() + window + 1) + since  # ascending; a window on from a customer's last day is nobody's
+    at = np.flatnonzero(np.diff(who, prepend=-1))
+    while len(at):  # one round for each row that a customer has counted
+        counted[order[at]] = True
+        after = np.searchsorted(place, place[at] + window)
+        there = after < len(who)
+        at = after[there][who[after[there]] == who[at[there]]]
     return counted
 
 
