@@ -6,6 +6,7 @@ Belongs here: reading and writing it. Does not: who is in it, which is the plan'
 import json
 from collections.abc import Iterator, Sequence
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -64,7 +65,7 @@ def delivered_audiences(lake: Lake) -> list[date]:
 
 def contacted_keys(lake: Lake, day: date, *, with_held: bool) -> pa.Array:
     """Who was contacted on a snapshot; with those who would have been but are held, if anybody was."""
-    table = pq.read_table(lake.partition(AUDIENCE, "snapshot", day))
+    table = _keys_and(lake.partition(AUDIENCE, "snapshot", day), "group")
     contacts = _keys_of(table, (CONTACT, RANDOM))
     if read_plan(lake, day)["exports"]:
         sent = pa.concat_arrays([pa.array([], pa.string()), *(keys for _, _, keys in _sent(lake, day))])
@@ -76,7 +77,8 @@ def contacted_keys(lake: Lake, day: date, *, with_held: bool) -> pa.Array:
 def _is_delivered(lake: Lake, day: date) -> bool:
     if not read_plan(lake, day)["exports"]:
         return True
-    contacts = len(_keys_of(pq.read_table(lake.partition(AUDIENCE, "snapshot", day)), (CONTACT, RANDOM)))
+    table = _keys_and(lake.partition(AUDIENCE, "snapshot", day), "group")
+    contacts = len(_keys_of(table, (CONTACT, RANDOM)))
     done: dict[str, int] = {}
     for export, rows, _ in _sent(lake, day):
         done[export] = done.get(export, 0) + rows
@@ -86,10 +88,15 @@ def _is_delivered(lake: Lake, day: date) -> bool:
 def _sent(lake: Lake, day: date) -> Iterator[tuple[str, int, pa.Array]]:
     """Of each batch that was sent: the export, its rows, and the keys of those who did not withdraw."""
     for file in sorted(lake.root.glob(f"{EXPORTED}/*/snapshot={day}/batch-*.parquet")):
-        batch = pq.read_table(file)
+        batch = _keys_and(file, "state")
         sent = batch.filter(pc.equal(batch["state"], SENT)).column(0).combine_chunks()
         if not pc.any(pc.equal(batch["state"], SENDING)).as_py():
             yield file.parent.parent.name, batch.num_rows, sent
+
+
+def _keys_and(file: Path, column: str) -> pa.Table:
+    """The keys, which are the first column, and one more: an audience of every night is looked at every night."""
+    return pq.read_table(file, columns=[pq.read_schema(file).names[0], column])
 
 
 def _keys_of(table: pa.Table, groups: Sequence[str]) -> pa.Array:
