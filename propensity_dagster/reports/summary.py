@@ -244,6 +244,8 @@ def _where(campaign: Campaign, home: Home) -> Table:
         ("what the doctor found", _short(reports / "diagnosis.json")),
         ("champion", f"propensity champion show {campaign.name if shipped else _short(campaign.file)}"),
     ]
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut cannot be copied
     for what, where in rows:
         table.add_row(what, where)
     return table
@@ -259,7 +261,7 @@ def _contacted(campaign: Campaign, found: tuple[date, Path] | None, home: Home) 
 
 def _pages(campaign: Campaign, reports: Path) -> list[tuple[str, str]]:
     """Pages about contacts: what they earned, whom they change, what experiments showed."""
-    pages = [("what contacts earned, a page", EARNED_PAGE), ("whom contacts change, a page", UPLIFT_PAGE)]
+    pages = [("what it earned, a page", EARNED_PAGE), ("whom it changes, a page", UPLIFT_PAGE)]
     pages += [(f"{name.replace('_', ' ')}, an experiment", f"experiment_{name}.html") for name in campaign.experiments]
     return [(words, _short(reports / page)) for words, page in pages if (reports / page).exists()]
 

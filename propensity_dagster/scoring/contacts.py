@@ -208,7 +208,7 @@ def describe_plan(campaign: Campaign, plan: ContactPlan) -> str:
         return f"On {plan.snapshot} nobody of {plan.scored:,} is worth a contact: {why}."
     capped = ""
     if plan.contacted < plan.above_break_even:
-        capped = f" within the limits ({plan.above_break_even:,} would pay)"
+        capped = f" within consent, holdout and limits ({plan.above_break_even:,} would pay)"
     profit, sold = plan.expected_profit, plan.expected_conversions
     return (
         f"On {plan.snapshot} {plan.contacted:,} of {plan.scored:,} customers are worth contacting{capped}: at a margin "
