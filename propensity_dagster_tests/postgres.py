@@ -21,6 +21,14 @@ def binaries() -> Path | None:
     return folders[-1] if folders else None
 
 
+def as_admin(address: str):
+    """A connection to a server of ours, with its password."""
+    import psycopg
+
+    user, _, rest = address.partition("@")
+    return psycopg.connect(f"postgresql://{user}:{PASSWORD}@{rest}", autocommit=True)
+
+
 @contextmanager
 def server(folder: Path) -> Generator[str]:
     """Start a server in `folder`; yields its URL without the password: user@host:port/database."""

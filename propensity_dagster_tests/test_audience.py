@@ -34,7 +34,9 @@ from propensity_dagster.scoring.audiences import (
 from propensity_dagster.scoring.contacts import audience_violations, publish_audience
 from propensity_dagster.scoring.exports import export_audience
 from propensity_dagster.scoring.permission import permission
+from propensity_dagster_tests import postgres
 from propensity_dagster_tests.conftest import shop_file
+from propensity_dagster_tests.postgres import as_admin
 
 DAY, NOW = date(2024, 6, 1), datetime(2024, 6, 2)
 VALUE = {"margin_per_conversion": 10, "cost_per_contact": 1}
@@ -408,9 +410,39 @@ def test_parquet_goes_to_a_folder_of_the_users(scored):
     assert pq.read_table(scored.folder / "out" / "shop_2024-06-01_crm.parquet").num_rows == 6
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "duckdb"])
-def test_a_table_holds_each_contact_once(scored, kind):
-    with_export(scored, kind="table", connection=f"{kind}://out.{kind}", table="contacts")
+def where_it_goes(kind, request, scored):
+    """A connection of the campaign file, and what opens it for us."""
+    if kind == "postgres":
+        address = request.getfixturevalue("postgres_address")
+        user, rest = address.split("@")
+        return f"postgres://{user}:${{PG_PASSWORD}}@{rest}", lambda: as_admin(address)
+    open_ = sqlite3.connect if kind == "sqlite" else duckdb.connect
+    return f"{kind}://out.{kind}", lambda: open_(str(scored.folder / f"out.{kind}"))
+
+
+@pytest.fixture(scope="module")
+def postgres_server(tmp_path_factory):
+    if postgres.binaries() is None:
+        pytest.skip("no Postgres binaries on this machine")
+    with postgres.server(tmp_path_factory.mktemp("postgres") / "server") as address:
+        yield address
+
+
+@pytest.fixture
+def postgres_address(postgres_server, monkeypatch):
+    monkeypatch.setenv("PG_PASSWORD", postgres.PASSWORD)
+    with as_admin(postgres_server) as connection:
+        connection.execute("DROP TABLE IF EXISTS contacts")
+    return postgres_server
+
+
+KINDS_OF_TABLE = ["sqlite", "duckdb", "postgres"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_TABLE)
+def test_a_table_holds_each_contact_once(scored, kind, request):
+    connection, open_ = where_it_goes(kind, request, scored)
+    with_export(scored, kind="table", connection=connection, table="contacts")
     rows = []
     for day in (DAY, DAY + timedelta(days=1)):
         scored.score(ALL, day)
@@ -421,8 +453,7 @@ def test_a_table_holds_each_contact_once(scored, kind):
                 table = pq.read_table(journal)
                 publish_table(table.set_column(table.num_columns - 1, "state", pa.array(["sending"] * 6)), journal)
             scored.export(day)
-            open_ = sqlite3.connect if kind == "sqlite" else duckdb.connect
-            database = open_(str(scored.folder / f"out.{kind}"))
+            database = open_()
             rows.append(database.execute("SELECT count(*), count(DISTINCT customer_id) FROM contacts").fetchone())
             database.close()
     assert rows == [(6, 6), (6, 6), (12, 6), (12, 6)]
@@ -534,9 +565,10 @@ def test_a_channel_that_was_renamed_is_named(hooked, receiver):
         hooked.export()
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "duckdb"])
-def test_a_table_gains_the_column_of_an_experiment(scored, kind):
-    with_export(scored, kind="table", connection=f"{kind}://out.{kind}", table="contacts")
+@pytest.mark.parametrize("kind", KINDS_OF_TABLE)
+def test_a_table_gains_the_column_of_an_experiment(scored, kind, request):
+    connection, _ = where_it_goes(kind, request, scored)
+    with_export(scored, kind="table", connection=connection, table="contacts")
     scored.export()
     stated = {
         "units": "audience",

@@ -24,6 +24,7 @@ from propensity_dagster.errors import ConfigError, SourceError
 from propensity_dagster.features.activity import build_activity
 
 from . import postgres
+from .postgres import as_admin
 
 FIRST, LAST = date(2024, 1, 1), date(2024, 3, 1)
 VARIABLE = "TEST_DATABASE_PASSWORD"
@@ -68,13 +69,6 @@ def server(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _password(monkeypatch):
     monkeypatch.setenv(VARIABLE, postgres.PASSWORD)
-
-
-def as_admin(address: str):
-    import psycopg
-
-    user, _, rest = address.partition("@")
-    return psycopg.connect(f"postgresql://{user}:{postgres.PASSWORD}@{rest}", autocommit=True)
 
 
 def fill_postgres(address: str) -> str:
