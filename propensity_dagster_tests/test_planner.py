@@ -84,16 +84,17 @@ def test_the_plan_is_the_optimum(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_core_of_close_choices_finds_what_everybody_together_finds(seed, monkeypatch):
-    """With samples and cores of a few customers, so that prices must be found and cores must grow."""
+def test_runs_of_customers_find_what_each_alone_finds(seed, monkeypatch):
+    """With few and long runs, so that they must be split again and again."""
     problem = world(seed, n=5_000)
     whole = plan(problem[0], MARGIN, *problem[1:])
-    monkeypatch.setattr(planner, "_SAMPLE", 100)
-    monkeypatch.setattr(planner, "_CORE", 200)
-    by_core = plan(problem[0], MARGIN, *problem[1:])
-    assert kept(by_core, *problem[1:])
-    assert by_core.profit == pytest.approx(whole.profit, rel=1e-4)
-    assert by_core.gap < 1e-3
+    monkeypatch.setattr(planner, "_RUNS", 20)
+    monkeypatch.setattr(planner, "_SPLIT", 3)
+    by_runs = plan(problem[0], MARGIN, *problem[1:])
+    assert kept(by_runs, *problem[1:])
+    assert by_runs.bound == pytest.approx(whole.bound, rel=1e-9)
+    assert by_runs.profit == pytest.approx(whole.profit, rel=1e-4)
+    assert by_runs.gap < 1e-3
 
 
 @pytest.mark.parametrize(

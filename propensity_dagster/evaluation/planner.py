@@ -1,14 +1,15 @@
 """Whom to contact, through which channel, to earn the most: exact under capacity, budget, channels and segments.
 
-A linear programme. Each customer is contacted once at most; what couples customers are a few limits. So nearly every
-customer's best choice is plain once the limits have their prices (Dantzig 1957, the bounded knapsack; the core of a
-knapsack: Balas and Zemel 1980). The prices come from a sample, only customers whose choice is close at those prices go
-to the solver (HiGHS through SciPy), and the price bound over everybody (Lagrange) proves how near the optimum the plan
-is. Belongs here: probabilities in, choices out. Does not: who may be contacted, which is the audience's.
+A linear programme. Channels differ by what they cost, so customers who may be contacted in the same ways and count in
+the same limits, one kind, differ by what they are worth alone: of a kind the best are contacted, and what is to be
+found is how many of each kind through each channel. The programme therefore has a row for each kind and limit, not for
+each customer, and its columns are runs of customers of a kind, which are split where the price of a contact falls
+inside one (the bounded knapsack, Dantzig 1957; refining an aggregated programme, Zipkin 1980). Solved by HiGHS through
+SciPy. Belongs here: probabilities in, choices out. Does not: who may be contacted, which is the audience's.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from propensity_dagster.evaluation.metrics import Floats
 
 NOBODY = -1
 
-_SAMPLE, _CORE = 20_000, 20_000
-_NEAR, _NODES = 120, 2_000
-_TOLERANCE = 1e-9
+_RUNS, _SPLIT = 20_000, 100
+_NEAR, _NODES = 2_000, 200
+_BITS = 30
 _CLOSE = 1e-9
 
 
@@ -85,64 +86,35 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """Value (n, C) of each choice, -inf where it is not allowed; rows of limits: names, sizes, and who counts."""
+class _Limited:
+    """K limits on the contacts of S kinds of customers through C channels.
 
-    value: Floats
-    names: list[str] = field(default_factory=list[str])
-    limit: list[float] = field(default_factory=list[float])
-    weights: list[Floats] = field(default_factory=list[Floats])  # by limit and channel (C,): what a contact takes
-    groups: list[NDArray[np.bool_] | None] = field(default_factory=list[NDArray[np.bool_] | None])  # None: everybody
+    Attributes:
+        names: of the limits.
+        limit: their sizes (K,); a minimum is a negative one.
+        takes: what one contact takes of each limit (K, S, C).
+        cost: of one contact (S, C), inf where it is not allowed.
+    """
 
-    def add(self, name: str, limit: float, weights: Floats, group: NDArray[np.bool_] | None = None) -> None:
-        """One more limit: the weights of all contacts of the group sum to at most that much."""
-        self.names.append(name)
-        self.limit.append(limit)
-        self.weights.append(weights)
-        self.groups.append(group)
+    names: list[str]
+    limit: Floats
+    takes: Floats
+    cost: Floats
 
-    def part(self, rows: NDArray[np.int64], limit: Floats) -> "_Problem":
-        """The same for some customers, with limits of their own."""
-        groups = [None if g is None else g[rows] for g in self.groups]
-        return _Problem(self.value[rows], self.names, limit.tolist(), self.weights, groups)
+    @property
+    def allowed(self) -> NDArray[np.bool_]:
+        """Which channels a kind may be contacted through (S, C)."""
+        return np.isfinite(self.cost)
 
-    def reduced(self, prices: Floats) -> Floats:
-        """Value (n, C) of each choice after it has paid for what it takes of the limits."""
-        left = self.value.copy()
-        for price, weights, group in zip(prices, self.weights, self.groups, strict=True):
-            if price:
-                left -= price * (weights if group is None else group[:, None] * weights)
-        return left
+    def priced(self, prices: Floats) -> tuple[Floats, NDArray[np.int64]]:
+        """What one contact of each kind costs when what it takes of the limits is paid for (S,), and its channel."""
+        cost = self.cost + np.tensordot(prices, self.takes, axes=1)
+        channel = cost.argmin(axis=1)
+        return cost[np.arange(len(cost)), channel], channel
 
-    def used(self, channel: NDArray[np.int64]) -> Floats:
-        """What choices (n,) take of each limit."""
-        chosen = channel != NOBODY
-        taken = [
-            np.bincount(channel[chosen if g is None else chosen & g], minlength=self.value.shape[1]) @ w
-            for w, g in zip(self.weights, self.groups, strict=True)
-        ]
-        return np.array(taken, dtype=np.float64)
-
-    def profit(self, channel: NDArray[np.int64]) -> float:
-        """Sum of the values of choices (n,)."""
-        chosen = np.flatnonzero(channel != NOBODY)
-        return float(self.value[chosen, channel[chosen]].sum())
-
-    def bound(self, prices: Floats) -> float:
+    def bound(self, prices: Floats, worth: Floats, kind: NDArray[np.int64]) -> float:
         """No plan within the limits earns more than this, whatever the prices (weak duality)."""
-        best = np.maximum(self.reduced(prices).max(axis=1, initial=0.0), 0.0)
-        return float(prices @ np.array(self.limit) + best.sum())
-
-
-@dataclass(frozen=True)
-class _Relaxed:
-    """Share of each allowed choice (m,): of whom, through which channel; prices of the limits (K,); profit."""
-
-    share: Floats
-    who: NDArray[np.int64]
-    how: NDArray[np.int64]
-    prices: Floats
-    profit: float
+        return float(prices @ self.limit + np.maximum(worth - self.priced(prices)[0][kind], 0.0).sum())
 
 
 def plan(
@@ -169,56 +141,64 @@ def plan(
     Raises:
         PlanError: when the limits contradict each other, naming them.
     """
-    everybody = problem = _state(probability, margin, channels, limits, allowed)
-    if held is not None:
-        problem = everybody.part(np.flatnonzero(~held), np.array(everybody.limit))
-    costs = np.array([channel.cost for channel in channels])
-    _require_possible(problem, limits, costs)
-    chosen, prices = _greedy(problem, limits, channels) or _by_prices(problem)
-    binding = {name: float(price) for name, price in zip(problem.names, prices, strict=True) if price > _CLOSE}
-    channel = chosen
-    if held is not None:  # they would be contacted if what the others paid for the limits were still worth it
-        channel, _ = _choices(everybody.reduced(prices))
-        channel[~held] = chosen
-    cost = float(costs[chosen[chosen != NOBODY]].sum())
-    return Plan(channel, problem.profit(chosen), cost, problem.bound(prices), binding)
+    if allowed is None:
+        allowed = np.ones((len(probability), len(channels)), dtype=np.bool_)
+    free = np.ones(len(probability), dtype=np.bool_) if held is None else ~held
+    _require_possible(limits, channels, np.any(allowed[free], axis=1), free)
+    limited, kind = _kinds(channels, limits, allowed)
+    worth = probability * margin
+    chosen, prices = _greedy(limited, worth[free], kind[free], limits, channels) or _solve(
+        limited, worth[free], kind[free]
+    )
+    # Those held would be contacted if what the others paid for the limits were still worth it.
+    price, way = limited.priced(prices)
+    channel = np.where(worth > price[kind], way[kind], NOBODY)
+    channel[free] = chosen
+    contacts = np.bincount(chosen[chosen != NOBODY], minlength=len(channels))
+    cost = float(contacts @ np.array([c.cost for c in channels]))
+    profit = float(worth[free][chosen != NOBODY].sum()) - cost
+    binding = {name: float(price) for name, price in zip(limited.names, prices, strict=True) if price > _CLOSE}
+    return Plan(channel, profit, cost, limited.bound(prices, worth[free], kind[free]), binding)
 
 
-def _state(
-    probability: Floats,
-    margin: float,
-    channels: Sequence[Channel],
-    limits: Limits,
-    allowed: NDArray[np.bool_] | None,
-) -> _Problem:
-    costs = np.array([channel.cost for channel in channels])
-    value = probability[:, None] * margin - costs
-    if allowed is not None:
-        value[~allowed] = -np.inf
-    problem = _Problem(value)
-    every = np.ones(len(channels))
+def _kinds(
+    channels: Sequence[Channel], limits: Limits, allowed: NDArray[np.bool_]
+) -> tuple[_Limited, NDArray[np.int64]]:
+    """The limits by kind, and the kind of each customer (n,)."""
+    kind = np.zeros(len(allowed), dtype=np.int64)
+    for i, mark in enumerate([*allowed.T, *(segment.members for segment in limits.segments)], start=1):
+        kind = 2 * kind + mark
+        if i % _BITS == 0:  # before the marks fill the integer
+            kind = np.unique(kind, return_inverse=True)[1]
+    _, example, kind = np.unique(kind, return_index=True, return_inverse=True)
+    cost = np.array([channel.cost for channel in channels])
+    one = np.ones((len(example), len(channels)))
+    rows: list[tuple[str, float, Floats]] = []
     if limits.capacity is not None:
-        problem.add("capacity", limits.capacity, every)
+        rows.append(("capacity", limits.capacity, one))
     if limits.budget is not None:
-        problem.add("budget", limits.budget, costs)
+        rows.append(("budget", limits.budget, one * cost))
     for i, channel in enumerate(channels):
         if channel.capacity is not None:
-            problem.add(f"capacity of {channel.name}", channel.capacity, np.eye(len(channels))[i])
+            rows.append((f"capacity of {channel.name}", channel.capacity, one * np.eye(len(channels))[i]))
     for segment in limits.segments:
+        counts = one * segment.members[example][:, None]
         if segment.maximum is not None:
-            problem.add(f"maximum of {segment.name}", segment.maximum, every, segment.members)
+            rows.append((f"maximum of {segment.name}", segment.maximum, counts))
         if segment.minimum:
-            problem.add(f"minimum of {segment.name}", -segment.minimum, -every, segment.members)
-    return problem
+            rows.append((f"minimum of {segment.name}", -segment.minimum, -counts))
+    takes = np.array([taken for _, _, taken in rows]).reshape(len(rows), *one.shape)
+    sizes = np.array([size for _, size, _ in rows], dtype=np.float64)
+    return _Limited([name for name, _, _ in rows], sizes, takes, np.where(allowed[example], cost, np.inf)), kind
 
 
-def _require_possible(problem: _Problem, limits: Limits, costs: Floats) -> None:
+def _require_possible(
+    limits: Limits, channels: Sequence[Channel], reachable: NDArray[np.bool_], free: NDArray[np.bool_]
+) -> None:
     """What can be seen without a solver is said with its numbers."""
-    reachable = np.isfinite(problem.value).any(axis=1)
-    members = {name: group for name, group in zip(problem.names, problem.groups, strict=True) if group is not None}
     demanded = [s for s in limits.segments if s.minimum]
     for segment in demanded:
-        there = int((reachable & members[f"minimum of {segment.name}"]).sum())
+        there = int((reachable & segment.members[free]).sum())
         if there < segment.minimum:
             raise PlanError(
                 f"minimum of {segment.name}: {segment.minimum:,} contacts wanted, but only {there:,} of its customers "
@@ -229,21 +209,24 @@ def _require_possible(problem: _Problem, limits: Limits, costs: Floats) -> None:
     largest = max((s.minimum for s in demanded), default=0)
     if limits.capacity is not None and largest > limits.capacity:
         raise PlanError(f"a minimum of {largest:,} contacts is more than the capacity of {limits.capacity:,}")
-    if limits.budget is not None and len(costs) and largest * costs.min() > limits.budget:
+    cheapest = min((channel.cost for channel in channels), default=0.0)
+    if limits.budget is not None and largest * cheapest > limits.budget:
         raise PlanError(
-            f"a minimum of {largest:,} contacts costs at least {largest * costs.min():,.2f}, the budget is "
+            f"a minimum of {largest:,} contacts costs at least {largest * cheapest:,.2f}, the budget is "
             f"{limits.budget:,.2f}"
         )
 
 
-def _greedy(problem: _Problem, limits: Limits, channels: Sequence[Channel]) -> tuple[NDArray[np.int64], Floats] | None:
+def _greedy(
+    limited: _Limited, worth: Floats, kind: NDArray[np.int64], limits: Limits, channels: Sequence[Channel]
+) -> tuple[NDArray[np.int64], Floats] | None:
     """The best first, where that is the optimum: one limit on people at most, or one on money with one cost."""
     if limits.segments or any(channel.capacity is not None for channel in channels):
         return None
     if limits.budget is not None and (len(channels) > 1 or channels[0].cost <= 0):
         return None
-    best = problem.value.argmax(axis=1)
-    value = problem.value[np.arange(len(best)), best]
+    cost, way = limited.priced(np.zeros(len(limited.limit)))
+    value = worth - cost[kind]
     pays = int((value > 0).sum())
     rooms = {"capacity": limits.capacity}
     if limits.budget is not None:
@@ -251,111 +234,127 @@ def _greedy(problem: _Problem, limits: Limits, channels: Sequence[Channel]) -> t
     scarce = min((name for name, room in rooms.items() if room is not None), key=lambda n: rooms[n] or 0, default="")
     room = min(pays, rooms[scarce] or 0) if scarce else pays
     order = np.argsort(-value, kind="stable")
-    channel = np.full(len(best), NOBODY)
-    channel[order[:room]] = best[order[:room]]
-    prices = np.zeros(len(problem.names))
+    channel = np.full(len(value), NOBODY)
+    channel[order[:room]] = way[kind[order[:room]]]
+    prices = np.zeros(len(limited.limit))
     if room < pays:
         price = max(float(value[order[room]]), 0.0)
-        prices[problem.names.index(scarce)] = price / channels[0].cost if scarce == "budget" else price
+        prices[limited.names.index(scarce)] = price / channels[0].cost if scarce == "budget" else price
     return channel, prices
 
 
-def _by_prices(problem: _Problem) -> tuple[NDArray[np.int64], Floats]:
-    """Prices from a sample, the close choices to the solver, and more of them until nobody else's choice matters.
+def _solve(limited: _Limited, worth: Floats, kind: NDArray[np.int64]) -> tuple[NDArray[np.int64], Floats]:
+    """The channel of each customer (n,), and the prices of the limits (K,).
 
-    That is when the relaxation with the others' choices fixed earns as much as the bound over everybody.
+    Runs of neighbours stand for their customers until none holds both some that pay for their contact and some that do
+    not; then the programme of the runs is that of the customers.
     """
-    n = len(problem.value)
-    limit = np.array(problem.limit)
-    rows = np.arange(n)[:: max(n // _SAMPLE, 1)]
-    relaxed = _relax(problem.part(rows, limit * len(rows) / max(n, 1)))
-    prices = np.zeros(len(limit)) if relaxed is None else relaxed.prices
-    size = _CORE
+    order = np.lexsort((-worth, kind))
+    worth, kind = worth[order], kind[order]
+    n = len(worth)
+    if not n:
+        return order, np.zeros(len(limited.limit))
+    begins = np.searchsorted(kind, np.arange(len(limited.cost)))  # of the kinds
+    starts = np.flatnonzero((np.arange(n) - begins[kind]) % max(n // _RUNS, 1) == 0)
     while True:
-        channel, closeness = _choices(problem.reduced(prices))
-        core = np.argpartition(closeness, size)[:size] if size < n else np.arange(n)
-        channel[core] = NOBODY
-        part = problem.part(core, limit - problem.used(channel))
-        relaxed = _relax(part)
-        if relaxed is not None:
-            prices = relaxed.prices
-            earned = problem.profit(channel) + relaxed.profit
-            if size >= n or problem.bound(prices) - earned <= _TOLERANCE * max(abs(earned), 1.0):
-                channel[core] = _whole(part, relaxed)
-                return channel, prices
-        elif size >= n:
-            raise PlanError(f"no plan keeps all limits together: {', '.join(problem.names)}")
-        size *= 4
+        ends = np.append(starts[1:], n)
+        contacts, prices = _relax(limited, worth, kind, starts, ends)
+        price = limited.priced(prices)[0][kind[starts]]
+        mixed = np.flatnonzero((worth[starts] > price) & (worth[ends - 1] < price))
+        if not len(mixed):
+            break
+        steps = [np.arange(a, b, max((b - a) // _SPLIT, 1)) for a, b in zip(starts[mixed], ends[mixed], strict=True)]
+        starts = np.union1d(starts, np.concatenate(steps))
+    contacts = _whole(limited, worth, begins, contacts, n)
+    # The best of a kind, in the order of the channels.
+    rest = np.diff(begins, append=n) - contacts.sum(axis=1)
+    ways = np.tile([*range(contacts.shape[1]), NOBODY], len(contacts))
+    channel = np.empty(n, dtype=np.int64)
+    channel[order] = np.repeat(ways, np.column_stack([contacts, rest]).ravel())
+    return channel, prices
 
 
-def _choices(reduced: Floats) -> tuple[NDArray[np.int64], Floats]:
-    """The best choice (n,) at the prices, and by how much it is better than the next one."""
-    ordered = np.sort(np.column_stack([reduced, np.zeros(len(reduced))]), axis=1)
-    best = reduced.argmax(axis=1)
-    channel = np.where(reduced[np.arange(len(best)), best] > 0, best, NOBODY)
-    return channel, ordered[:, -1] - ordered[:, -2]
-
-
-def _relax(problem: _Problem) -> _Relaxed | None:
-    """The best plan that may contact a customer in part; None where no plan keeps the limits."""
+def _relax(
+    limited: _Limited, worth: Floats, kind: NDArray[np.int64], starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[Floats, Floats]:
+    """How many of each kind are contacted through each channel (S, C), in part, and the prices of the limits (K,)."""
     from scipy.optimize import linprog
 
-    n, width = problem.value.shape
-    who, how = np.nonzero(np.isfinite(problem.value))
-    limits = _rows(problem, who, how)
-    rows, room = limits, np.array(problem.limit)
-    if not len(who):  # the solver refuses a programme without variables
-        return _Relaxed(np.empty(0), who, how, np.zeros(len(room)), 0.0) if (room >= 0).all() else None
-    if width > 1:
-        rows, room = sparse.vstack([limits, _once(who, n)], format="csr"), np.concatenate([room, np.ones(n)])
-    found = linprog(-problem.value[who, how], A_ub=rows, b_ub=room, bounds=(0, 1), method="highs")
+    who, how = np.nonzero(limited.allowed)
+    runs, size = kind[starts], ends - starts
+    mean = np.add.reduceat(worth, starts) / size if len(starts) else worth
+    # As many contacts of a kind as customers of it.
+    balance = sparse.hstack([_one_each(who, len(limited.cost)), -_one_each(runs, len(limited.cost))], format="csr")
+    taken = sparse.csr_array(np.hstack([limited.takes[:, who, how], np.zeros((len(limited.limit), len(runs)))]))
+    objective = np.concatenate([limited.cost[who, how], -mean])
+    if not len(objective):  # the solver refuses a programme without variables
+        return np.zeros(limited.cost.shape), np.zeros(len(limited.limit))
+    upper = np.concatenate([np.full(len(who), np.inf), size])
+    found = linprog(
+        objective,
+        taken,
+        limited.limit,
+        balance,
+        np.zeros(len(limited.cost)),
+        bounds=np.column_stack([np.zeros(len(upper)), upper]),
+        method="highs",
+    )
     if found.status != 0:
-        return None
-    return _Relaxed(found.x, who, how, np.maximum(-found.ineqlin.marginals[: len(problem.names)], 0.0), -found.fun)
+        raise PlanError(f"no plan keeps all limits together: {', '.join(limited.names)}")
+    contacts = np.zeros(limited.cost.shape)
+    contacts[who, how] = found.x[: len(who)]
+    return contacts, np.maximum(-found.ineqlin.marginals, 0.0)
 
 
-def _whole(problem: _Problem, relaxed: _Relaxed) -> NDArray[np.int64]:
-    """Whole choices (n,): the few customers that the relaxation splits, no more than there are limits, are decided with
-    those whose choice is as close.
+def _whole(limited: _Limited, worth: Floats, begins: NDArray[np.int64], contacts: Floats, n: int) -> NDArray[np.int64]:
+    """Whole contacts (S, C) near those of the relaxation, which splits no more than there are limits.
 
     Raises:
         PlanError: when whole customers cannot keep the limits.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    who, how, x = relaxed.who, relaxed.how, relaxed.share
-    taken = x > 0.5
-    split = np.abs(x - taken) > _CLOSE
-    if split.any():
-        left = np.abs(problem.reduced(relaxed.prices)[who, how])
-        open_ = np.isin(who, who[np.union1d(np.flatnonzero(split), np.argsort(left, kind="stable")[:_NEAR])])
-        limits = _rows(problem, who, how)
-        room = np.array(problem.limit) - limits @ (taken & ~open_).astype(np.float64)
-        rules = [
-            LinearConstraint(limits[:, open_], ub=room),
-            LinearConstraint(_once(who, len(problem.value))[:, open_], ub=1),
-        ]
-        found = milp(
-            -problem.value[who, how][open_],
-            integrality=np.ones(int(open_.sum())),
-            bounds=Bounds(0, 1),
-            constraints=rules,
-            options={"node_limit": _NODES},  # the bound says what it may have missed
-        )
-        if found.x is None:
-            raise PlanError(f"no plan of whole customers keeps all limits together: {', '.join(problem.names)}")
-        taken[open_] = found.x > 0.5
-    channel = np.full(len(problem.value), NOBODY)
-    channel[who[taken]] = how[taken]
-    return channel
+    rounded = np.rint(contacts)
+    if (np.abs(contacts - rounded) <= _CLOSE * np.maximum(rounded, 1.0)).all():
+        return rounded.astype(np.int64)
+    for near in (max(_NEAR // len(begins), 2), n):
+        found = _whole_near(limited, worth, begins, np.floor(contacts), near)
+        if found is not None:
+            return found
+    raise PlanError(f"no plan of whole customers keeps all limits together: {', '.join(limited.names)}")
 
 
-def _once(who: NDArray[np.int64], n: int) -> Any:
-    """Each customer once (n, m)."""
-    return sparse.csr_array((np.ones(len(who)), (who, np.arange(len(who)))), shape=(n, len(who)))
+def _whole_near(
+    limited: _Limited, worth: Floats, begins: NDArray[np.int64], contacts: Floats, near: int
+) -> NDArray[np.int64] | None:
+    """The best whole contacts whose number differs by at most so many within a kind; None where there are none."""
+    from scipy.optimize import milp
+
+    who, how = np.nonzero(limited.allowed)
+    ends = np.append(begins[1:], len(worth))
+    last = begins + contacts.sum(axis=1).astype(np.int64)
+    low, high = np.maximum(last - near, begins), np.minimum(last + near, ends)
+    customers = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
+    kind = np.repeat(np.arange(len(begins)), high - low)
+    balance = sparse.hstack([_one_each(who, len(begins)), -_one_each(kind, len(begins))], format="csr")
+    taken = np.hstack([limited.takes[:, who, how], np.zeros((len(limited.limit), len(customers)))])
+    room = limited.limit - np.tensordot(limited.takes, contacts, axes=2)
+    integer = np.concatenate([np.ones(len(who)), np.zeros(len(customers))])
+    lower = np.concatenate([-contacts[who, how], np.zeros(len(customers))])
+    upper = np.concatenate([np.full(len(who), np.inf), np.ones(len(customers))])
+    rules: list[Any] = [(sparse.csr_array(taken), -np.inf, room), (balance, low - last, low - last)]
+    found = milp(
+        np.concatenate([limited.cost[who, how], -worth[customers]]),
+        integrality=integer,
+        bounds=(lower, upper),
+        constraints=rules,
+        options={"node_limit": _NODES, "mip_rel_gap": 0.0},  # the bound says what it may have missed
+    )
+    if found.x is None:
+        return None
+    whole = contacts.astype(np.int64)
+    whole[who, how] += np.rint(found.x[: len(who)]).astype(np.int64)
+    return whole
 
 
-def _rows(problem: _Problem, who: NDArray[np.int64], how: NDArray[np.int64]) -> Any:
-    """What each choice takes of each limit (K, m)."""
-    rows = [w[how] if g is None else w[how] * g[who] for w, g in zip(problem.weights, problem.groups, strict=True)]
-    return sparse.csr_array(np.array(rows).reshape(len(rows), len(who)))
+def _one_each(rows: NDArray[np.int64], count: int) -> Any:
+    """The row of each column (count, m)."""
+    return sparse.csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(count, len(rows)))
