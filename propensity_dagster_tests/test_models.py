@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import lightgbm
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError
+from propensity_dagster.models.bitvectors import build_forest
 from propensity_dagster.models.calibration import METHODS, choose_calibrator, cross_fit, fit_calibrator, log_loss
 from propensity_dagster.models.dataset import FeatureContract, entity_folds, make_dataset
 from propensity_dagster.models.ensemble import Member
@@ -19,6 +21,7 @@ from propensity_dagster.models.monotone import keeps, violations
 from propensity_dagster.models.preprocess import Scaling
 from propensity_dagster.models.saved import golden_difference, load_model, model_identity, write_model
 from propensity_dagster.models.training import train_candidate
+from propensity_dagster.models.trees import TreesScorer
 from propensity_dagster.scoring.candidates import choose_challenger
 
 from .conftest import SMALL
@@ -338,3 +341,66 @@ def test_who_breaks_a_constraint_does_not_challenge(models):
     assert choose_challenger(broken) != best
     everyone = {n: replace(m, facts={**m.facts, "monotone": {"orders_count_90d": 0.1}}) for n, m in models.items()}
     assert choose_challenger(everyone) == best  # and the gate refuses it
+
+
+def forest_rows(rng, n):
+    """Numbers, counts with many zeros, missing values, and two categories of which some are new."""
+    X = np.asfortranarray(rng.lognormal(0, 1, (n, 8)).round(1))
+    X[:, 1] = rng.poisson(0.5, n)
+    X[rng.random(X.shape) < 0.15] = np.nan
+    X[:, 2] = rng.lognormal(0, 1, n)  # never missing in training
+    X[:, 6], X[:, 7] = rng.integers(0, 40, n), rng.integers(0, 3, n)
+    X[rng.random(n) < 0.1, 6] = np.nan
+    return X
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"num_leaves": 15},
+        {"num_leaves": 31, "zero_as_missing": True},
+        {"num_leaves": 64, "use_missing": False},
+        {"num_leaves": 2, "max_cat_to_onehot": 1},
+        {"num_leaves": 40, "max_bin": 1000, "min_data_in_leaf": 2},
+        {"num_leaves": 15, "objective": "regression", "learning_rate": 0.3},
+        {"num_leaves": 15, "min_data_in_leaf": 100_000},  # not one split
+    ],
+)
+def test_bit_vectors_score_as_lightgbm_does(params):
+    rng = np.random.default_rng(3)
+    X = forest_rows(rng, 4_000)
+    z = np.nan_to_num(X[:, 0]) - 0.5 * np.nan_to_num(X[:, 1]) + (X[:, 6] % 5 == 0) + X[:, 2] * (X[:, 7] == 1)
+    y = (rng.random(len(X)) < 1 / (1 + np.exp(1 - z))).astype(float)
+    stated = {"objective": "binary", "verbosity": -1, "min_data_in_leaf": 20, **params}
+    booster = lightgbm.train(stated, lightgbm.Dataset(X, y, categorical_feature=[6, 7]), num_boost_round=40)
+    booster = lightgbm.Booster(model_str=booster.model_to_string())
+    forest = build_forest(booster)
+    assert forest is not None
+    rows = forest_rows(rng, 3_001)  # no whole number of blocks
+    rows[:20] = np.nan
+    rows[20:40] = 0.0
+    rows[40:60] = np.array([1e308, -1e308, np.inf, -np.inf, 1e-36, -1e-36, 99, -1])
+    rows[60:100, :6] = X[:40, :6].round(0)
+    for feature, first, count, _, codes in forest.features:
+        if not codes:  # what equals a threshold goes left
+            rows[100 : 100 + min(count, 900), feature] = forest.thresholds[first : first + min(count, 900)]
+    assert (forest.log_odds(rows) == booster.predict(rows, raw_score=True)).all()
+    assert (forest.log_odds(np.ascontiguousarray(rows[:7])) == booster.predict(rows[:7], raw_score=True)).all()
+    assert forest.log_odds(rows[:0]).shape == (0,)
+
+
+def test_trees_of_many_leaves_are_left_to_lightgbm():
+    rng = np.random.default_rng(4)
+    X = rng.normal(size=(2_000, 2))
+    data = lightgbm.Dataset(X, X[:, 0] * X[:, 1] + rng.normal(size=len(X)))
+    booster = lightgbm.train({"num_leaves": 65, "min_data_in_leaf": 2, "verbosity": -1}, data, num_boost_round=2)
+    assert build_forest(booster) is None
+
+
+def test_many_rows_score_as_few():
+    rng = np.random.default_rng(5)
+    X = rng.normal(size=(40_000, 3))
+    booster = lightgbm.train({"verbosity": -1}, lightgbm.Dataset(X, X[:, 0] + X[:, 1] ** 2), num_boost_round=20)
+    scorer = TreesScorer(booster)
+    together = scorer.log_odds(X)
+    assert (together == np.concatenate([scorer.log_odds(part) for part in np.array_split(X, 4)])).all()

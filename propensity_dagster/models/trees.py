@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,7 @@ from propensity_dagster.models.dataset import Dataset
 logger = logging.getLogger(__name__)
 
 _FILE = "trees.txt"
+_MANY_ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,17 @@ class TreesScorer:
     kind: ClassVar[str] = "lightgbm"
 
     def log_odds(self, X: Floats) -> Floats:
-        """Raw scores (n,)."""
+        """Raw scores (n,): of many rows by bit vectors, which need a moment to be made, and are the same."""
+        forest = self._forest if len(X) >= _MANY_ROWS else None
+        if forest is not None:
+            return forest.log_odds(X)
         return self.booster.predict(X, raw_score=True, num_threads=threads())
+
+    @cached_property
+    def _forest(self) -> Any:
+        from propensity_dagster.models.bitvectors import build_forest
+
+        return build_forest(self.booster)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """The text format holds 17 digits: what is loaded scores the same."""
