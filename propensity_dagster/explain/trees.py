@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from propensity_dagster.models.base import threads
+from propensity_dagster.models.bitvectors import ZERO
 from propensity_dagster.models.calibration import Floats
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ def _goes_left(x, threshold, default_left, missing, words, first_word, category_
         return (np.int64(category_words[first_word + word]) >> (code % 32)) & 1 == 1
     if np.isnan(x) and missing != 2:
         x = 0.0
-    if (missing == 2 and np.isnan(x)) or (missing == 1 and abs(x) <= 1e-35):
+    if (missing == 2 and np.isnan(x)) or (missing == 1 and abs(x) <= ZERO):
         return default_left == 1
     return x <= threshold
 

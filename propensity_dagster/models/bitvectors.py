@@ -24,6 +24,8 @@ MAX_LEAVES = 64
 _BLOCK_ROWS = 512
 _MAX_RANK = 65_535
 _MAX_TABLE = 1 << 22
+ZERO = float(np.float32(1e-35))
+"""Up to this a value is LightGBM's zero: kZeroThreshold of meta.h, a float."""
 _MISSING = {"None": 0, "Zero": 1, "NaN": 2}
 _Array = NDArray[Any]
 # The lowest bit times this number has the bit's position in its first six bits (Leiserson et al. 1998).
@@ -214,7 +216,7 @@ def _fill(X, low, n, features, thresholds, planes):
             absent = np.isnan(x)
             if absent and missing != 2:
                 x = 0.0
-            if (absent and missing == 2) or (missing == 1 and abs(x) <= 1e-35):
+            if (absent and missing == 2) or (missing == 1 and abs(x) <= ZERO):
                 planes[2 * feature, r] = 0
                 planes[2 * feature + 1, r] = count
             else:
