@@ -11,7 +11,6 @@ import shap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.errors import ConfigError
 from propensity_dagster.explain.contributions import Explainer
@@ -235,8 +234,7 @@ def test_how_many_and_for_whom(registered, reasons, above):
     snapshot = lake.partitions("scores", "snapshot")[-1]
     before = pq.read_table(lake.partition("scores", "snapshot", snapshot))
     model = load_model(registered.home.candidates("small") / "lightgbm")
-    with open_engine() as engine:
-        score_snapshot(campaign, snapshot, model, "1", before["scored_at"][0].as_py(), registered.home, engine)
+    score_snapshot(campaign, snapshot, model, "1", before["scored_at"][0].as_py(), registered.home)
     found = pq.read_table(lake.partition("scores", "snapshot", snapshot))
     assert sum(name.endswith("_sentence") for name in found.column_names) == reasons
     if reasons:

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.models.saved import load_model
 from propensity_dagster.scoring.batch import score_snapshot
@@ -230,8 +229,7 @@ def test_http_gives_the_numbers_of_batch(all_registered, tmp_path, kind):
     home = copy_home(all_registered, tmp_path)
     version = all_registered.versions[kind]
     model = load_model(all_registered.store.folder("small", version))
-    with open_engine(2.0) as engine:
-        score_snapshot(all_registered.campaign, newest(home), model, version, datetime(2025, 1, 1), home, engine)
+    score_snapshot(all_registered.campaign, newest(home), model, version, datetime(2025, 1, 1), home)
     (found,) = [v for v in all_registered.store.versions("small") if v.version == version]
     name = build_package(all_registered.campaign, found, home, all_registered.store)
     write_release(home, ReleaseFile(name))

@@ -1,8 +1,8 @@
 """Batch scoring of one snapshot. Memory does not grow with the number of customers.
 
-First pass: features stream through in Arrow batches into a matrix filled column by column, log-odds go to a
-temporary file. Second pass: the reasons of all, or of the best. Third: exact global percentiles over the scores alone,
-by the engine's external sort, then the finished table.
+First pass: features stream through in Arrow batches into a matrix filled column by column, log-odds go to temporary
+files. Second pass: the reasons of all, or of the best. Third: exact global percentiles from the sorted log-odds alone,
+which are mapped from their file, then the finished table.
 """
 
 # Ibis does not type the arithmetic of columns.
@@ -14,15 +14,17 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-import ibis
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from scipy.special import expit
 
 from propensity_dagster.campaign import Campaign
@@ -34,6 +36,7 @@ from propensity_dagster.errors import ConfigError, DataContractError
 from propensity_dagster.explain.population import sample_file
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.calibration import Floats
 from propensity_dagster.models.prior import LogOddsHistogram
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
+_PROGRESS_ROWS = 1_000_000
 SCORES, REPLACED = "scores", "scores_replaced"
 PRIOR_SHIFT = "prior_shift"
 """Key of the file's metadata: what was added to all log-odds of the snapshot."""
@@ -81,7 +86,6 @@ def score_snapshot(
     version: str,
     scored_at: datetime,
     home: Home,
-    engine: Engine,
 ) -> ScoresReport:
     """Score the `features` of one snapshot and publish `scores`, replacing that partition alone.
 
@@ -92,7 +96,6 @@ def score_snapshot(
         version: its version in the registry.
         scored_at: stamped on every row, UTC.
         home: where the lake is.
-        engine: for the ranking.
 
     Raises:
         DataContractError: when the features are not there, or lack what the model needs.
@@ -105,29 +108,30 @@ def score_snapshot(
         _keep_replaced(campaign, snapshot, version, home)
     coder = _reason_coder(campaign, features, model)
     with tempfile.TemporaryDirectory(prefix="propensity-scores-") as scratch:
-        raw = Path(scratch) / "log_odds.parquet"
-        first = _write_log_odds(campaign, features, model, raw)
+        raw, numbers = Path(scratch) / "log_odds.parquet", Path(scratch) / "log_odds.float64"
+        first = _write_log_odds(campaign, features, model, raw, numbers)
+        ordered = np.memmap(numbers, np.float64, "r+") if first.rows else np.empty(0)
+        ordered.sort()
         if coder is not None:
-            raw = _with_reasons(campaign, features, model, raw, coder)
+            raw = _with_reasons(campaign, features, model, raw, ordered, coder)
         rows_in, shift = first.rows, 0.0
         if campaign.prior.adapt:
             shift = first.histogram.shift(model.facts["calibration_rate"], campaign.prior.max_odds_ratio)
-        ranked = engine.read(raw)
-        ranked = ranked.mutate(percentile=ibis.cume_dist().over(order_by=ranked.log_odds))
         writer: pq.ParquetWriter | None = None
         rows, total, smallest, largest = 0, 0.0, np.inf, -np.inf
         with publishing(target) as temporary:
-            for batch in engine.batches(ranked.order_by(campaign.key)):
-                table = _finish(campaign, snapshot, version, scored_at, batch, rows_in, shift, coder)
+            for batch in _ahead(pq.ParquetFile(raw).iter_batches(BATCH_ROWS)):
+                table = _finish(campaign, snapshot, version, scored_at, batch, ordered, shift, coder)
                 writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
                 writer.write_table(table)
                 probability = table["probability"].to_numpy()
                 rows += table.num_rows
                 total += float(probability.sum())
+                _show_progress("scores ranked", rows, batch.num_rows, rows_in)
                 smallest, largest = min(smallest, probability.min()), max(largest, probability.max())
             if writer is None:
-                empty = pa.RecordBatch.from_pylist([], schema=_ranked_schema(campaign))
-                table = _finish(campaign, snapshot, version, scored_at, empty, 1, 0.0, None)
+                empty = pa.RecordBatch.from_pylist([], schema=_raw_schema(campaign))
+                table = _finish(campaign, snapshot, version, scored_at, empty, ordered, 0.0, None)
                 writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
             writer.close()
     logger.info("scores %s: %s rows, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
@@ -230,11 +234,12 @@ def _reason_coder(campaign: Campaign, features: Path, model: FittedModel) -> Rea
     return ReasonCoder(campaign, model, sample_file(features, model.contract.names))
 
 
-def _with_reasons(campaign: Campaign, features: Path, model: FittedModel, raw: Path, coder: ReasonCoder) -> Path:
+def _with_reasons(
+    campaign: Campaign, features: Path, model: FittedModel, raw: Path, ordered: Floats, coder: ReasonCoder
+) -> Path:
     """A file beside `raw` with its rows and their reasons; of rows at or below `above_percentile` these are empty."""
-    z = pq.read_table(raw, columns=["log_odds"])["log_odds"].to_numpy()
-    least = int(campaign.explanations.above_percentile * len(z) + 1e-9)
-    cut_off = np.partition(z, least)[least] if least < len(z) else np.inf
+    least = int(campaign.explanations.above_percentile * len(ordered) + 1e-9)
+    cut_off = ordered[least] if least < len(ordered) else np.inf
     target = raw.with_name("reasons.parquet")
     scores = pq.ParquetFile(raw).iter_batches(batch_size=BATCH_ROWS)
     rows = pq.ParquetFile(features).iter_batches(batch_size=BATCH_ROWS, columns=model.contract.names)
@@ -255,26 +260,54 @@ def _with_reasons(campaign: Campaign, features: Path, model: FittedModel, raw: P
     return target
 
 
-def _write_log_odds(campaign: Campaign, features: Path, model: FittedModel, file: Path) -> _FirstPass:
-    schema = pa.schema([(campaign.key, pa.string()), ("log_odds", pa.float64())])
+def _write_log_odds(campaign: Campaign, features: Path, model: FittedModel, file: Path, numbers: Path) -> _FirstPass:
+    """Keys and log-odds to `file`, the log-odds alone to `numbers`, as they are in memory."""
+    schema = _raw_schema(campaign)
     columns = [campaign.key, *model.contract.names]
     source = pq.ParquetFile(features)
     present = [name for name in columns if name in source.schema_arrow.names]
     found = _FirstPass(0, LogOddsHistogram(), {})
-    with pq.ParquetWriter(file, schema, compression="lz4") as writer:
-        for batch in source.iter_batches(batch_size=BATCH_ROWS, columns=present):
-            z = model.log_odds(model.contract.encode(batch))
+    batches = source.iter_batches(batch_size=BATCH_ROWS, columns=present)
+    encoded = _ahead((batch, model.contract.encode(batch), model.contract.unseen(batch)) for batch in batches)
+    with pq.ParquetWriter(file, schema, compression="lz4") as writer, numbers.open("wb") as plain:
+        for batch, X, unseen in encoded:
+            z = model.log_odds(X)
             writer.write_batch(pa.record_batch([batch.column(campaign.key), pa.array(z)], schema=schema))
+            z.tofile(plain)
             found.rows += batch.num_rows
+            _show_progress("scores", found.rows, batch.num_rows, source.metadata.num_rows)
             if campaign.prior.adapt:
                 found.histogram.add(z)
-            for name, rows in model.contract.unseen(batch).items():
+            for name, rows in unseen.items():
                 found.unseen[name] = found.unseen.get(name, 0) + rows
     return found
 
 
-def _ranked_schema(campaign: Campaign) -> pa.Schema:
-    return pa.schema([(campaign.key, pa.string()), ("log_odds", pa.float64()), ("percentile", pa.float64())])
+def _ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each made while the one before is in use: reading and computing keep two cores busy."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1, "ahead") as pool:
+        coming = pool.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, iterator, end)
+            yield item  # pyright: ignore[reportReturnType]
+
+
+def _show_progress(what: str, rows: int, added: int, total: int) -> None:
+    if total > _PROGRESS_ROWS and rows // _PROGRESS_ROWS > (rows - added) // _PROGRESS_ROWS:
+        logger.info("%s: %s of %s rows", what, f"{rows:,}", f"{total:,}")
+
+
+def _raw_schema(campaign: Campaign) -> pa.Schema:
+    return pa.schema([(campaign.key, pa.string()), ("log_odds", pa.float64())])
+
+
+def _ranks(z: Floats, ordered: Floats) -> NDArray[np.int64]:
+    """How many of all log-odds are not above each of these (n,). Looked up in order, so that memory is too."""
+    order = np.argsort(z)
+    ranks = np.empty(len(z), dtype=np.int64)
+    ranks[order] = np.searchsorted(ordered, z[order], side="right")
+    return ranks
 
 
 def _finish(
@@ -283,14 +316,14 @@ def _finish(
     version: str,
     scored_at: datetime,
     batch: pa.RecordBatch,
-    total: int,
+    ordered: Floats,
     shift: float,
     coder: ReasonCoder | None,
 ) -> pa.Table:
-    probability = expit(batch.column("log_odds").to_numpy() + shift)
-    percentile = batch.column("percentile").to_numpy()
-    # The rank as an integer: 0.7 x 10 is not 7 in floating point.
-    rank = np.rint(percentile * total).astype(np.int64)
+    z = batch.column("log_odds").to_numpy()
+    probability = expit(z + shift)
+    rank, total = _ranks(z, ordered), max(len(ordered), 1)
+    percentile = rank / total
     decile = 11 - -(-10 * rank // total)
     tiers = np.where(
         percentile > campaign.tiers.high,
