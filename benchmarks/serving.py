@@ -30,7 +30,7 @@ from statistics import median
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.run import training_data
+from benchmarks.models import training_data
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.data.lake import Home, publish_table
 from propensity_dagster.models.base import FittedModel

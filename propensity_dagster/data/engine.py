@@ -9,10 +9,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ibis
-import ibis.expr.datatypes as dt
+import ibis.expr.types as ir
 import pyarrow as pa
 from ibis.backends.duckdb import Backend
 
@@ -32,11 +32,7 @@ _SQL_TYPES = {
     "timestamp": "TIMESTAMP",
 }
 BATCH_ROWS = 65_536
-
-
-@ibis.udf.scalar.builtin(name="getvariable")
-def _variable(variable: str) -> dt.int32:  # pyright: ignore
-    """DuckDB's session variables."""
+_ANY_DAY = 2_000_000_011  # no day of anybody's, and no number of a query
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ class Engine:
         self.publish_query(self.prepare(expression), file)
 
     def prepare(self, expression: ibis.Table) -> str:
-        """Compile once what runs for many days: see `day_variable`."""
+        """Compile once what runs for many days: see `any_day`."""
         return self._typed_sql(expression)
 
     def publish_query(self, query: str, file: Path) -> None:
@@ -126,18 +122,6 @@ class Engine:
         """The rows of a prepared query."""
         return self.backend.raw_sql(query).to_arrow_table()
 
-    def day_variable(self) -> Any:
-        """An integer expression whose value `set_day` gives when a prepared query runs.
-
-        Compiling the features of one snapshot takes as long as computing those of a small campaign. DuckDB
-        folds the variable into a constant when it plans, so filters are pushed down all the same.
-        """
-        return _variable("as_of").cast("int32")
-
-    def set_day(self, day_index: int) -> None:
-        """Value of `day_variable` for the queries that follow."""
-        self.backend.raw_sql(f"SET VARIABLE as_of = {day_index}")
-
     def _typed_sql(self, expression: ibis.Table) -> str:
         """SQL with every column cast: DuckDB sums integers to HUGEINT, which parquet stores as DOUBLE."""
         columns = ", ".join(
@@ -147,6 +131,20 @@ class Engine:
             for name, dtype in expression.schema().items()
         )
         return f"SELECT {columns} FROM ({self.backend.compile(expression)})"
+
+
+def any_day() -> ir.IntegerValue:
+    """A day that a prepared query leaves open, for `on_day` to fill in.
+
+    Compiling the features of one snapshot takes as long as computing those of a small campaign. A variable of the
+    session would do too, but DuckDB plans with its value unknown, and then takes twice as long.
+    """
+    return cast(ir.IntegerValue, ibis.literal(_ANY_DAY, "int32"))
+
+
+def on_day(query: str, day_index: int) -> str:
+    """A prepared query for one day."""
+    return query.replace(str(_ANY_DAY), str(day_index))
 
 
 @contextmanager

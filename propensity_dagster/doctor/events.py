@@ -15,7 +15,7 @@ from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
 from propensity_dagster.data.days import EPOCH, TimeRange, day_index
-from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.engine import Engine, any_day, on_day
 from propensity_dagster.data.ingest import declared_entities, declared_stream
 from propensity_dagster.data.lake import UNPLACED, Home
 from propensity_dagster.data.sources import campaign_calendar
@@ -249,13 +249,12 @@ def _judge_outcome(diagnosis: Diagnosis, campaign: EventCampaign, data: _Data, e
 def _outcome_rates(
     campaign: EventCampaign, plan: list[SnapshotSplit], data: _Data, engine: Engine
 ) -> list[OutcomeRate]:
-    labelled = _labelled(campaign, data, engine.day_variable())
+    labelled = _labelled(campaign, data, any_day())
     query = engine.prepare(labelled.aggregate(rows=labelled.count(), converted=labelled.converted.sum().fill_null(0)))
     rates: list[OutcomeRate] = []
     for item in plan:
         if item.split != EMBARGO:
-            engine.set_day(day_index(item.snapshot))
-            (found,) = engine.run_query(query).to_pylist()
+            (found,) = engine.run_query(on_day(query, day_index(item.snapshot))).to_pylist()
             rates.append(OutcomeRate(str(item.snapshot), item.split, found["rows"], int(found["converted"])))
     return rates
 

@@ -9,9 +9,11 @@ before t; labels read days in [t + gap, t + gap + horizon).
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import ibis
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 ENTITIES = "entities"
 AsOf = date | ir.IntegerValue
-"""A snapshot, or the engine's variable that stands for one (see `Engine.day_variable`)."""
+"""A snapshot, or what stands for one in a query that is prepared (see `engine.any_day`)."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> i
     """Features of every eligible entity at snapshot `as_of`, one row each, sorted by key."""
     cut = _day(as_of) - campaign.source.late_days
     known = inputs.activity.filter((inputs.activity.known_day < _day(as_of)) & (inputs.activity.day < cut))
-    parts = [_window(campaign, known, cut - w, f"{w}d") for w in campaign.features.windows_days]
-    parts.append(_lifetime(campaign, known))
+    parts = [_span(campaign, known, cut, *span) for span in _spans(campaign)]
     recent = known.filter(known.day >= cut - campaign.longest_window)
     parts += [_rhythm(campaign, recent, name) for name, s in campaign.source.streams.items() if not s.type]
     if inputs.categories is not None:
         parts += _distinct(campaign, inputs.categories, as_of=as_of)
     entities = _known_entities(campaign, inputs.entities, as_of=as_of)
     joined = reduce(lambda left, right: _left_join(left, right, campaign.key), parts, entities)
+    joined = joined.mutate(**_windows(campaign, joined))
     eligible = joined.filter(_eligible(campaign, joined, cut, as_of=as_of))
     columns = {feature.name: feature.expression(eligible) for feature in inputs.features}
     return eligible.select(campaign.key, **columns).order_by(campaign.key)
@@ -153,15 +155,60 @@ def campaign_features(campaign: EventCampaign, entities: ibis.Table) -> list[Fea
     return define_features(campaign, types)
 
 
-def _window(campaign: EventCampaign, known: ibis.Table, start: Any, suffix: str) -> ibis.Table:
-    """One narrow group-by: half the cost of one wide group-by over all windows."""
-    rows = known.filter(known.day >= start)
-    sums = _totals(campaign, rows, suffix)
-    if suffix == f"{campaign.longest_window}d":
-        for name, stream in campaign.source.streams.items():
-            if not stream.type:
-                sums[f"{name}__days_{suffix}"] = _active_days(rows, name, stream)
-    return rows.group_by(campaign.key).aggregate(**sums)
+def _spans(campaign: EventCampaign) -> list[tuple[str, int, int | None]]:
+    """Each window's name, and the days before the snapshot that it has and the one before it has not."""
+    edges = [0, *campaign.features.windows_days]
+    spans: list[tuple[str, int, int | None]] = [(f"{older}d", newer, older) for newer, older in pairwise(edges)]
+    return [*spans, (ALL, edges[-1], None)]
+
+
+def _span(campaign: EventCampaign, known: ibis.Table, cut: Any, name: str, newer: int, older: int | None) -> ibis.Table:
+    """Totals of the days between two windows, by entity: every row is read for one span alone.
+
+    One narrow group-by a span: half the cost of one wide group-by over all.
+    """
+    rows = known.filter(known.day < cut - newer) if newer else known
+    if older is not None:
+        rows = rows.filter(rows.day >= cut - older)
+    columns: dict[str, Any] = {
+        f"{column}__{name}": rows[column].max() if column.endswith("_max") else rows[column].sum().cast("int64")
+        for column in _totals(campaign)
+    }
+    for stream_name, stream in campaign.source.streams.items():
+        happened = rows[f"{stream_name}__count"] > 0
+        columns[f"{stream_name}__last__{name}"] = rows.day.max(where=happened)
+        columns[f"{stream_name}__first__{name}"] = rows.day.min(where=happened)
+        for kind in stream.types if stream.type else ():
+            happened = rows[f"{stream_name}__type_{kind}"] > 0
+            columns[f"{stream_name}__last_{kind}__{name}"] = rows.day.max(where=happened)
+        if not stream.type and older is not None:
+            columns[f"{stream_name}__days__{name}"] = _active_days(rows, stream_name, stream)
+    return rows.group_by(campaign.key).aggregate(**columns)
+
+
+def _windows(campaign: EventCampaign, joined: ibis.Table) -> dict[str, Any]:
+    """A window's totals are those of its spans together: whole numbers, so in any order the same."""
+    names = [name for name, _, _ in _spans(campaign)]
+
+    def of(column: str, spans: list[str], combine: Callable[..., Any]) -> Any:
+        parts = [joined[f"{column}__{span}"] for span in spans]
+        return combine(*parts) if len(parts) > 1 else parts[0]
+
+    def add(*parts: Any) -> Any:
+        return reduce(lambda a, b: a + b, (part.fill_null(0) for part in parts))
+
+    columns: dict[str, Any] = {}
+    for i, name in enumerate(names, start=1):
+        for column in _totals(campaign):
+            columns[f"{column}_{name}"] = of(column, names[:i], ibis.greatest if column.endswith("_max") else add)
+    for name, stream in campaign.source.streams.items():
+        columns[f"{name}__last_{ALL}"] = of(f"{name}__last", names, ibis.greatest)
+        columns[f"{name}__first_{ALL}"] = of(f"{name}__first", names, ibis.least)
+        for kind in stream.types if stream.type else ():
+            columns[f"{name}__last_{kind}_{ALL}"] = of(f"{name}__last_{kind}", names, ibis.greatest)
+        if not stream.type:
+            columns[f"{name}__days_{campaign.longest_window}d"] = of(f"{name}__days", names[:-1], add)
+    return columns
 
 
 def _active_days(rows: ibis.Table, name: str, stream: Stream) -> Any:
@@ -170,23 +217,8 @@ def _active_days(rows: ibis.Table, name: str, stream: Stream) -> Any:
     return rows.day.nunique(where=active) if stream.ingested_at else active.sum().cast("int64")
 
 
-def _lifetime(campaign: EventCampaign, rows: ibis.Table) -> ibis.Table:
-    columns = _totals(campaign, rows, ALL)
-    for name, stream in campaign.source.streams.items():
-        happened = rows[f"{name}__count"] > 0
-        columns[f"{name}__last_{ALL}"] = rows.day.max(where=happened)
-        columns[f"{name}__first_{ALL}"] = rows.day.min(where=happened)
-        for kind in stream.types if stream.type else ():
-            columns[f"{name}__last_{kind}_{ALL}"] = rows.day.max(where=rows[f"{name}__type_{kind}"] > 0)
-    return rows.group_by(campaign.key).aggregate(**columns)
-
-
-def _totals(campaign: EventCampaign, rows: ibis.Table, suffix: str) -> dict[str, Any]:
-    return {
-        f"{column}_{suffix}": rows[column].max() if column.endswith("_max") else rows[column].sum().cast("int64")
-        for column in activity_columns(campaign)
-        if column != "outcome_count"
-    }
+def _totals(campaign: EventCampaign) -> list[str]:
+    return [column for column in activity_columns(campaign) if column != "outcome_count"]
 
 
 def _rhythm(campaign: EventCampaign, recent: ibis.Table, name: str) -> ibis.Table:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.data.days import day_index
-from propensity_dagster.data.engine import Engine
+from propensity_dagster.data.engine import Engine, any_day, on_day
 from propensity_dagster.data.lake import ROW_GROUP, Home, publish_table, publish_text, publishing
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import InsufficientDataError
@@ -147,12 +147,11 @@ def _publish_features(
     campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
 ) -> FeaturesReport:
     lake = home.lake(campaign.name)
-    query = engine.prepare(build_features(campaign, inputs, as_of=engine.day_variable()))
+    query = engine.prepare(build_features(campaign, inputs, as_of=any_day()))
     rows: dict[date, int] = {}
     for position, snapshot in enumerate(snapshots, start=1):
-        engine.set_day(day_index(snapshot))
         file = lake.partition("features", "snapshot", snapshot)
-        engine.publish_query(query, file)
+        engine.publish_query(on_day(query, day_index(snapshot)), file)
         rows[snapshot] = pq.read_metadata(file).num_rows
         logger.info("features %s: %s entities (%d of %d)", snapshot, f"{rows[snapshot]:,}", position, len(snapshots))
     publish_text(features_markdown(campaign, inputs.features), home.reports(campaign.name) / "features.md")
@@ -166,12 +165,11 @@ def _publish_labels(
     rows: dict[date, int] = {}
     converted: dict[date, int] = {}
     scored = engine.view(_SCORED, lake.existing_partition("features", "snapshot", snapshots[0]))
-    query = engine.prepare(build_labels(campaign, inputs.activity, scored, as_of=engine.day_variable()))
+    query = engine.prepare(build_labels(campaign, inputs.activity, scored, as_of=any_day()))
     for snapshot in snapshots:
         engine.view(_SCORED, lake.existing_partition("features", "snapshot", snapshot))
-        engine.set_day(day_index(snapshot))
         file = lake.partition("labels", "snapshot", snapshot)
-        engine.publish_query(query, file)
+        engine.publish_query(on_day(query, day_index(snapshot)), file)
         labels = pq.read_table(file, columns=["converted"])["converted"]
         rows[snapshot] = len(labels)
         converted[snapshot] = int(labels.cast("int64").to_numpy().sum())

@@ -1,0 +1,281 @@
+"""Training, scoring, reasons, drift and the plan of contacts, on made-up rows of 40 features."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.measure import Figure, contest, in_a_process
+from propensity_dagster.campaign import Campaign, find_campaign
+from propensity_dagster.data.engine import open_engine
+from propensity_dagster.data.lake import Home, publish_table
+from propensity_dagster.evaluation.planner import Channel, Limits, SegmentLimit, plan
+from propensity_dagster.models.base import FittedModel, threads
+from propensity_dagster.models.calibration import Calibrator
+from propensity_dagster.models.dataset import CATEGORY, Dataset, FeatureContract, FeatureSpec
+from propensity_dagster.models.ensemble import EnsembleScorer
+from propensity_dagster.models.linear import LogisticRegressionEstimator
+from propensity_dagster.models.network import NeuralNetworkEstimator
+from propensity_dagster.models.population import describe_population, number_buckets
+from propensity_dagster.models.saved import load_model, write_model
+from propensity_dagster.models.trees import LightGBMEstimator
+from propensity_dagster.monitoring.domain import keep_reference
+from propensity_dagster.monitoring.drift import publish_drift
+from propensity_dagster.monitoring.stability import stability_index
+from propensity_dagster.scoring.batch import score_snapshot
+
+FEATURES, CHUNK, TREES = 40, 50_000, 300
+CAMPAIGN, SNAPSHOT = "ecommerce_purchase", date(2025, 9, 1)
+TRAINED_ON = ["2025-03-01", "2025-04-01", "2025-05-01", "2025-06-01", "2025-07-01"]
+TRAINED_ROWS = 100_000
+KINDS = ("lightgbm", "neural_network", "ensemble")
+
+
+def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
+    """Training at these numbers of rows; the others at ten times as many."""
+    many = [10 * size for size in sizes]
+    for rows in many:
+        in_a_process(make_home, folder, rows)
+    raw = "raw, of a ready matrix"
+    return [
+        *contest("train LightGBM", sizes, "rows", {"ours": train_trees, "lightgbm.train": train_lightgbm}, folder),
+        *contest(
+            "train logistic regression", sizes, "rows", {"ours": train_linear, "scikit-learn": train_sklearn}, folder
+        ),
+        *contest(
+            "train the network", sizes, "rows", {"ours": train_network, "scikit-learn's": train_mlp}, folder, rounds=1
+        ),
+        *(
+            figure
+            for kind in KINDS
+            for figure in contest(f"score, {kind}", many, "rows", {"ours": Score(kind), raw: ScoreRaw(kind)}, folder)
+        ),
+        *contest(
+            "score with reasons, lightgbm",
+            sizes,
+            "rows",
+            {"ours": Score("lightgbm", 3), "pred_contrib": contributions},
+            folder,
+        ),
+        *contest("drift", many, "rows", {"ours": drift, "pandas, the index alone": drift_in_pandas}, folder),
+        *contest(
+            "plan contacts, 3 channels, 13 limits",
+            many,
+            "customers",
+            {"ours": plan_contacts, "sorting": sort_customers},
+            folder,
+        ),
+    ]
+
+
+def training_data(rows: int, seed: int) -> Dataset:
+    """Heavy-tailed counts, missing values and two categories; 3% convert."""
+    rng = np.random.default_rng(seed)
+    X = np.asfortranarray(rng.lognormal(0, 1.5, (rows, FEATURES)).round(1))
+    X[rng.random(X.shape) < 0.1] = np.nan
+    X[:, -2:] = rng.integers(0, 6, (rows, 2))
+    z = -4.3 + 0.5 * np.nan_to_num(np.log1p(X[:, 0])) + 0.6 * (np.nan_to_num(X[:, 1]) > 2) + 0.2 * X[:, -1]
+    y = (rng.random(rows) < 1 / (1 + np.exp(-z))).astype(float)
+    specs = [FeatureSpec(f"f{i}", "number") for i in range(FEATURES - 2)]
+    specs += [FeatureSpec(f"c{i}", "category", tuple("abcdef")) for i in range(2)]
+    return Dataset(X, y, rng.integers(0, 5, rows), FeatureContract(tuple(specs)))
+
+
+def train_trees(_folder: Path, size: int) -> Callable[[], object]:
+    train = training_data(size, 1)
+    return lambda: LightGBMEstimator().refit(train, TREES)
+
+
+def train_lightgbm(_folder: Path, size: int) -> Callable[[], object]:
+    """LightGBM's own defaults but for the shape of the trees."""
+    import lightgbm
+
+    train = training_data(size, 1)
+    params = {"objective": "binary", "num_leaves": 15, "learning_rate": 0.05, "verbosity": -1, "num_threads": threads()}
+    return lambda: lightgbm.train(params, lightgbm.Dataset(train.X, train.y, categorical_feature=[38, 39]), TREES)
+
+
+def train_linear(_folder: Path, size: int) -> Callable[[], object]:
+    train, validate = training_data(size, 1), training_data(size // 5, 2)
+    return lambda: LogisticRegressionEstimator().fit(train, validate)
+
+
+def train_sklearn(_folder: Path, size: int) -> Callable[[], object]:
+    """Medians for missing values, scaled, one penalty; ours chooses its own and knows what was missing."""
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train = training_data(size, 1)
+    return lambda: make_pipeline(
+        SimpleImputer(strategy="median"), StandardScaler(), LogisticRegression(max_iter=1000)
+    ).fit(train.X, train.y)
+
+
+def train_network(_folder: Path, size: int) -> Callable[[], object]:
+    train, validate = training_data(size, 1), training_data(size // 5, 2)
+    return lambda: NeuralNetworkEstimator().fit(train, validate)
+
+
+def train_mlp(_folder: Path, size: int) -> Callable[[], object]:
+    """A perceptron of the same width with early stopping."""
+    from sklearn.impute import SimpleImputer
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    train = training_data(size, 1)
+    network = MLPClassifier((128, 64), early_stopping=True, random_state=0)
+    return lambda: make_pipeline(SimpleImputer(strategy="median"), StandardScaler(), network).fit(train.X, train.y)
+
+
+def home_of(folder: Path, rows: int) -> tuple[Campaign, Home]:
+    return find_campaign(CAMPAIGN), Home(folder / f"scores-{rows}")
+
+
+def make_home(folder: Path, rows: int) -> None:
+    """Three models, the rows they learnt from, and a snapshot of features with its scores."""
+    campaign, home = home_of(folder, rows)
+    if home.root.exists():
+        return
+    home.ensure()
+    train, validate = training_data(TRAINED_ROWS, 1), training_data(TRAINED_ROWS // 5, 2)
+    table = drift_table(train, campaign.key, 0, TRAINED_ON)
+    trees = LightGBMEstimator().refit(train, TREES)
+    network = NeuralNetworkEstimator(max_epochs=1).fit(train, validate).scorer
+    linear = LogisticRegressionEstimator().fit(train, validate).scorer
+    alone: dict[str, Any] = {"lightgbm": trees, "neural_network": network, "logistic_regression": linear}
+    members = tuple(FittedModel(kind, train.contract, scorer, Calibrator(), {}) for kind, scorer in alone.items())
+    scorers = alone | {"ensemble": EnsembleScorer(members, (0.4, 0.3, 0.3))}
+    population = describe_population(table, train.contract, train.X)
+    for kind, scorer in scorers.items():
+        known = {**population, "scores": number_buckets(scorer.log_odds(validate.X))}
+        facts = {"population": known, "snapshots": {"train": TRAINED_ON}, "calibration_rate": 0.03}
+        write_model(FittedModel(kind, train.contract, scorer, Calibrator(), facts), home.root / kind)
+    lake = home.lake(campaign.name)
+    publish_table(table.append_column("split", pa.array(["train"] * len(table))), lake.file("training_set"))
+    keep_reference(campaign, load_model(home.root / "lightgbm"), "1", home)
+    files = [lake.partition(name, "snapshot", SNAPSHOT) for name in ("features", "scores")]
+    model = load_model(home.root / "lightgbm")
+    for file in files:
+        file.parent.mkdir(parents=True)
+    with ExitStack() as open_files:
+        writers: list[pq.ParquetWriter] = []
+        for part in range(rows // CHUNK):
+            chunk = drift_table(training_data(CHUNK, 10 + part), campaign.key, part, [str(SNAPSHOT)])
+            tables = (chunk, pa.table({"probability": model.predict_proba(chunk)}))
+            if not writers:
+                pairs = zip(files, tables, strict=True)
+                writers = [open_files.enter_context(pq.ParquetWriter(file, t.schema)) for file, t in pairs]
+            for writer, written in zip(writers, tables, strict=True):
+                writer.write_table(written)
+
+
+def drift_table(data: Dataset, key: str, part: int, snapshots: list[str]) -> pa.Table:
+    """Encoded rows as the lake has them."""
+    count = len(data.y)
+    keys = pa.array(np.char.zfill(np.arange(part * count, (part + 1) * count).astype(str), 9))
+    columns: dict[str, Any] = {key: keys}
+    for i, spec in enumerate(data.contract.features):
+        column = pa.array(data.X[:, i], from_pandas=True)
+        if spec.kind == CATEGORY:
+            column = pa.DictionaryArray.from_arrays(column.cast("int8"), list(spec.categories)).cast("string")
+        columns[spec.name] = column
+    days = np.array(snapshots, "datetime64[D]")
+    return pa.table({**columns, "snapshot": days[np.arange(count) % len(days)]})
+
+
+class Score:
+    """Parquet in, a table of scores out."""
+
+    def __init__(self, kind: str, reasons: int = 0) -> None:
+        self.kind, self.reasons = kind, reasons
+
+    def __call__(self, folder: Path, size: int) -> Callable[[], object]:
+        campaign, home = home_of(folder, size if not self.reasons else 10 * size)
+        explained = campaign.explanations.model_copy(update={"reasons": self.reasons})
+        if self.reasons:  # of as many rows as are explained: a tenth of the table
+            explained = explained.model_copy(update={"above_percentile": 0.9})
+        campaign = campaign.model_copy(update={"explanations": explained})
+        model = load_model(home.root / self.kind)
+        model.scorer.log_odds(np.zeros((40_000, FEATURES)))  # compiled, warm
+        return lambda: score_snapshot(campaign, SNAPSHOT, model, "1", datetime(2025, 9, 1, 2), home)
+
+
+class ScoreRaw:
+    """What the model alone takes: LightGBM's booster, or our scorer, over a matrix in memory."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, folder: Path, size: int) -> Callable[[], object]:
+        _, home = home_of(folder, size)
+        scorer: Any = load_model(home.root / self.kind).scorer
+        parts = [training_data(CHUNK, 10 + part).X for part in range(size // CHUNK)]
+        scorer.log_odds(np.zeros((40_000, FEATURES)))
+        if self.kind == "lightgbm":
+            ready = [np.ascontiguousarray(part) for part in parts]
+            return lambda: [scorer.booster.predict(part, raw_score=True, num_threads=threads()) for part in ready]
+        return lambda: [scorer.log_odds(part) for part in parts]
+
+
+def contributions(folder: Path, size: int) -> Callable[[], object]:
+    """LightGBM's own contributions of a matrix in memory."""
+    _, home = home_of(folder, 10 * size)
+    scorer: Any = load_model(home.root / "lightgbm").scorer
+    X = training_data(size, 10).X
+    return lambda: scorer.booster.predict(X, pred_contrib=True, num_threads=threads())
+
+
+def drift(folder: Path, size: int) -> Callable[[], object]:
+    campaign, home = home_of(folder, size)
+    model = load_model(home.root / "lightgbm")
+
+    def action() -> None:
+        with open_engine() as engine:
+            publish_drift(campaign, SNAPSHOT, model, "1", home, engine)
+
+    return action
+
+
+def drift_in_pandas(folder: Path, size: int) -> Callable[[], object]:
+    """What a script would do: all rows in a frame, the index of each column."""
+    import pandas
+
+    pd: Any = pandas
+
+    campaign, home = home_of(folder, size)
+    features = load_model(home.root / "lightgbm").facts["population"]["features"]
+
+    def action() -> None:
+        frame = pd.read_parquet(home.lake(campaign.name).partition("features", "snapshot", SNAPSHOT))
+        for name, known in features.items():
+            if known["kind"] == CATEGORY:
+                counts = frame[name].value_counts(dropna=False)
+            else:
+                counts = pd.cut(frame[name], [-np.inf, *known["edges"], np.inf]).value_counts(sort=False, dropna=False)
+            before = np.array(known["counts"])[: len(counts)]
+            stability_index(before, counts.to_numpy())
+
+    return action
+
+
+def plan_contacts(_folder: Path, size: int) -> Callable[[], object]:
+    """With every kind of limit."""
+    rng = np.random.default_rng(0)
+    probability, segment, allowed = rng.beta(0.6, 12, size), rng.integers(0, 5, size), rng.random((size, 3)) < 0.7
+    channels = [Channel("email", 0.05, size // 4), Channel("sms", 0.3), Channel("phone", 2.0)]
+    segments = [SegmentLimit(str(k), segment == k, size // 50, size // 20) for k in range(5)]
+    return lambda: plan(probability, 22.5, channels, Limits(size // 5, size * 0.06, segments), allowed)
+
+
+def sort_customers(_folder: Path, size: int) -> Callable[[], object]:
+    """The least that any choice of the best costs."""
+    probability = np.random.default_rng(0).beta(0.6, 12, size)
+    return lambda: np.argsort(-probability, kind="stable")
