@@ -23,7 +23,7 @@ Work = Callable[[Path, int], Callable[[], object]]
 """From a folder and a size to what is timed: whatever comes before that is preparation."""
 
 MODULES = ["benchmarks.pipeline", "benchmarks.models", "benchmarks.orchestration"]
-_LIBRARIES = ("duckdb", "ibis-framework", "polars", "pyarrow", "lightgbm", "torch", "numba", "dagster", "pandas")
+_LIBRARIES = ("duckdb", "ibis-framework", "pyarrow", "lightgbm", "torch", "numba", "dagster", "pandas")
 
 
 @dataclass(frozen=True)

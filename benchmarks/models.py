@@ -161,20 +161,15 @@ def make_home(folder: Path, rows: int) -> None:
     lake = home.lake(campaign.name)
     publish_table(table.append_column("split", pa.array(["train"] * len(table))), lake.file("training_set"))
     keep_reference(campaign, load_model(home.root / "lightgbm"), "1", home)
-    files = [lake.partition(name, "snapshot", SNAPSHOT) for name in ("features", "scores")]
-    model = load_model(home.root / "lightgbm")
-    for file in files:
-        file.parent.mkdir(parents=True)
-    with ExitStack() as open_files:
-        writers: list[pq.ParquetWriter] = []
+    file = lake.partition("features", "snapshot", SNAPSHOT)
+    file.parent.mkdir(parents=True)
+    with ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
         for part in range(rows // CHUNK):
             chunk = drift_table(training_data(CHUNK, 10 + part), campaign.key, part, [str(SNAPSHOT)])
-            tables = (chunk, pa.table({"probability": model.predict_proba(chunk)}))
-            if not writers:
-                pairs = zip(files, tables, strict=True)
-                writers = [open_files.enter_context(pq.ParquetWriter(file, t.schema)) for file, t in pairs]
-            for writer, written in zip(writers, tables, strict=True):
-                writer.write_table(written)
+            writer = writer or stack.enter_context(pq.ParquetWriter(file, chunk.schema))
+            writer.write_table(chunk)
+    score_snapshot(campaign, SNAPSHOT, load_model(home.root / "lightgbm"), "1", datetime(2025, 9, 1, 2), home)
 
 
 def drift_table(data: Dataset, key: str, part: int, snapshots: list[str]) -> pa.Table:

@@ -16,6 +16,7 @@ from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.data.lake import Home
 from propensity_dagster.runtime import Runtime
 
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 _OURS = {"module": "propensity_dagster.components.event_log", "class": "BatchingSqliteEventLogStorage"}
 
 
@@ -38,7 +39,7 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
 def campaign_of(folder: Path, size: int) -> tuple[EventCampaign, Home]:
     campaign, home = shop(folder, size)
     models = tuple(Candidate.model_validate({"name": name}) for name in ("baseline", "logistic_regression"))
-    return campaign.model_copy(update={"models": models}), home
+    return campaign.model_copy(update={"models": models, "min_converters": 50}), home
 
 
 def make_champion(folder: Path, size: int) -> None:
@@ -49,7 +50,9 @@ def make_champion(folder: Path, size: int) -> None:
     campaign, home = campaign_of(folder, size)
     if Runtime(home).store.champion(campaign.name) is None:
         with dg.DagsterInstance.ephemeral() as instance:
-            definitions(campaign, home).resolve_job_def(train_job_name(campaign)).execute_in_process(instance=instance)
+            definitions(campaign, home).resolve_job_def(train_job_name(campaign)).execute_in_process(
+                run_config=_QUIET, instance=instance
+            )
 
 
 def definitions(campaign: EventCampaign, home: Home) -> Any:
@@ -80,7 +83,7 @@ def as_run(folder: Path, size: int) -> Callable[[], object]:
                 instance=instance,
                 partition_key=str(SNAPSHOT),
                 asset_selection=keys,
-                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                run_config=_QUIET,
             )
 
     return action
