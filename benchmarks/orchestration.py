@@ -31,7 +31,12 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
             "record a run", [30, 120, 365], "partitions", {"ours": record_ours, "Dagster's": record_theirs}, folder
         ),
         *contest(
-            "load campaign files", [1, 10, 100], "files", {"ours": load_files, "import dagster": import_dagster}, folder
+            "load campaign files",
+            [1, 10, 100],
+            "files",
+            {"ours": load_files, "import dagster": import_dagster},
+            folder,
+            rounds=1,
         ),
     ]
 
