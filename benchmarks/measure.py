@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 Work = Callable[[Path, int], Callable[[], object]]
@@ -112,11 +112,10 @@ def exponents(figures: Sequence[Figure]) -> dict[str, float]:
     """By what is measured, how CPU time grows with size: 1 is linear. The slope of the logarithms, least squares."""
     found: dict[str, float] = {}
     for what in dict.fromkeys(f.what for f in figures):
-        points = [(math.log(f.size), math.log(median(t.cpu for t in f.ours))) for f in figures if f.what == what]
-        if len(points) > 1:
-            x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
-            spread = sum((a - x) ** 2 for a, _ in points)
-            found[what] = sum((a - x) * (b - y) for a, b in points) / spread
+        mine = [f for f in figures if f.what == what]
+        if len(mine) > 1:
+            cpu = [math.log(median(t.cpu for t in f.ours)) for f in mine]
+            found[what] = linear_regression([math.log(f.size) for f in mine], cpu).slope
     return found
 
 

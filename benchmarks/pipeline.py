@@ -5,7 +5,6 @@ The shop of `ecommerce_purchase`: 104 features of orders, visits and e-mails, ab
 
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack
 from datetime import date, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -336,9 +335,8 @@ def source_of(campaign: EventCampaign, home: Home) -> Path:
 
 def run_sql(query: str) -> None:
     """With the memory that ours has."""
-    with ExitStack() as stack:
-        connection = stack.enter_context(duckdb.connect())
-        connection.execute(f"SET memory_limit = '{DEFAULT_MEMORY_GB}GB'")
+    with duckdb.connect() as connection:
+        connection.execute(f"SET memory_limit = '{DEFAULT_MEMORY_GB}GB'; SET enable_progress_bar = false")
         connection.execute(query)
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from propensity_dagster.campaign import Campaign, load_campaign
 from propensity_dagster.data.lake import Home
+from propensity_dagster_tests import postgres
 from propensity_dagster_tests.served import free_port, wait_until
 
 _MEMORY, _ROOM = Path("/dev/shm"), 12 << 30
@@ -296,3 +297,12 @@ def little_to_collect():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory):
+    """A server for the tests of a module: its URL without the password."""
+    if postgres.binaries() is None:
+        pytest.skip("no Postgres binaries on this machine")
+    with postgres.server(tmp_path_factory.mktemp("postgres") / "server") as address:
+        yield address

@@ -420,14 +420,6 @@ def where_it_goes(kind, request, scored):
     return f"{kind}://out.{kind}", lambda: open_(str(scored.folder / f"out.{kind}"))
 
 
-@pytest.fixture(scope="module")
-def postgres_server(tmp_path_factory):
-    if postgres.binaries() is None:
-        pytest.skip("no Postgres binaries on this machine")
-    with postgres.server(tmp_path_factory.mktemp("postgres") / "server") as address:
-        yield address
-
-
 @pytest.fixture
 def postgres_address(postgres_server, monkeypatch):
     monkeypatch.setenv("PG_PASSWORD", postgres.PASSWORD)

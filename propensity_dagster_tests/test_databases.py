@@ -58,14 +58,6 @@ def rows_of_source() -> tuple[pa.Table, pa.Table]:
     return customers, orders
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    if postgres.binaries() is None:
-        pytest.skip("no Postgres binaries on this machine")
-    with postgres.server(tmp_path_factory.mktemp("postgres") / "server") as address:
-        yield address
-
-
 @pytest.fixture(autouse=True)
 def _password(monkeypatch):
     monkeypatch.setenv(VARIABLE, postgres.PASSWORD)
@@ -175,7 +167,7 @@ KINDS = ["parquet", "csv", "duckdb", "sqlite", pytest.param("postgres", marks=ne
 
 def connect(kind: str, folder: Path, request) -> str:
     if kind == "postgres":
-        return fill_postgres(request.getfixturevalue("server"))
+        return fill_postgres(request.getfixturevalue("postgres_server"))
     return (
         {"sqlite": fill_sqlite, "duckdb": fill_duckdb}[kind](folder)
         if kind in ("sqlite", "duckdb")
@@ -251,7 +243,7 @@ def test_late_rows_are_read_again(tmp_path):
 
 
 @needs_postgres
-def test_a_connection_that_drops_is_retried_by_dagster(tmp_path, server, caplog):
+def test_a_connection_that_drops_is_retried_by_dagster(tmp_path, postgres_server, caplog):
     """The server ends our session in the middle of the read: the asset is tried again, and nothing is half there."""
     import dagster as dg
 
@@ -259,8 +251,8 @@ def test_a_connection_that_drops_is_retried_by_dagster(tmp_path, server, caplog)
     from propensity_dagster.components.campaign_folder import campaign_definitions
     from propensity_dagster.runtime import Runtime
 
-    campaign = campaign_on(tmp_path, fill_postgres(server))
-    with as_admin(server) as admin:  # slow enough to be caught at it: every row waits a little
+    campaign = campaign_on(tmp_path, fill_postgres(postgres_server))
+    with as_admin(postgres_server) as admin:  # slow enough to be caught at it: every row waits a little
         admin.execute("ALTER TABLE orders RENAME TO fast_orders")
         admin.execute(
             "CREATE VIEW orders AS SELECT order_id, customer_id, ordered_at, amount, "
@@ -303,10 +295,10 @@ def test_a_connection_that_drops_is_retried_by_dagster(tmp_path, server, caplog)
 
 
 @needs_postgres
-def test_the_password_is_nowhere(tmp_path, server, caplog, monkeypatch):
+def test_the_password_is_nowhere(tmp_path, postgres_server, caplog, monkeypatch):
     """Neither in what is written, nor in logs, nor in errors; and it may not stand in the campaign file."""
     caplog.set_level(logging.DEBUG)
-    campaign = campaign_on(tmp_path, fill_postgres(server))
+    campaign = campaign_on(tmp_path, fill_postgres(postgres_server))
     home = Home(tmp_path / "home")
     ingest(campaign, home)
     monkeypatch.setenv(VARIABLE, "wrong-" + postgres.PASSWORD)
@@ -349,7 +341,7 @@ def target_on(kind: str, folder: Path, request) -> tuple[str, "callable"]:
     """A target connection, and a function that reads (customer_id, snapshot, probability) from it."""
     sql = "SELECT customer_id, CAST(snapshot AS VARCHAR(10)), probability FROM scores ORDER BY 1, 2"
     if kind == "postgres":
-        address = request.getfixturevalue("server")
+        address = request.getfixturevalue("postgres_server")
         with as_admin(address) as admin:
             admin.execute("DROP TABLE IF EXISTS scores")
 
@@ -422,7 +414,7 @@ def test_a_table_of_something_else_is_left_alone(tmp_path, request, kind):
     connection, _ = target_on(kind, tmp_path, request)
     campaign = campaign_on(tmp_path, str(tmp_path), target={"connection": connection})
     if kind == "postgres":
-        with as_admin(request.getfixturevalue("server")) as admin:
+        with as_admin(request.getfixturevalue("postgres_server")) as admin:
             admin.execute("CREATE TABLE scores (a INTEGER)")
     else:
         opened = (

@@ -265,7 +265,7 @@ def _solve(limited: _Limited, worth: Floats, kind: NDArray[np.int64]) -> tuple[N
             break
         steps = [np.arange(a, b, max((b - a) // _SPLIT, 1)) for a, b in zip(starts[mixed], ends[mixed], strict=True)]
         starts = np.union1d(starts, np.concatenate(steps))
-    contacts = _whole(limited, worth, begins, contacts, n)
+    contacts = _whole(limited, worth, begins, contacts)
     # The best of a kind, in the order of the channels.
     rest = np.diff(begins, append=n) - contacts.sum(axis=1)
     ways = np.tile([*range(contacts.shape[1]), NOBODY], len(contacts))
@@ -281,17 +281,11 @@ def _relax(
     from scipy.optimize import linprog
 
     who, how = np.nonzero(limited.allowed)
-    runs, size = kind[starts], ends - starts
-    mean = np.add.reduceat(worth, starts) / size if len(starts) else worth
-    # As many contacts of a kind as customers of it.
-    balance = sparse.hstack([_one_each(who, len(limited.cost)), -_one_each(runs, len(limited.cost))], format="csr")
-    taken = sparse.csr_array(np.hstack([limited.takes[:, who, how], np.zeros((len(limited.limit), len(runs)))]))
-    objective = np.concatenate([limited.cost[who, how], -mean])
-    if not len(objective):  # the solver refuses a programme without variables
-        return np.zeros(limited.cost.shape), np.zeros(len(limited.limit))
+    size = ends - starts
+    taken, balance = _rows(limited, kind[starts])
     upper = np.concatenate([np.full(len(who), np.inf), size])
     found = linprog(
-        objective,
+        np.concatenate([limited.cost[who, how], -np.add.reduceat(worth, starts) / size]),
         taken,
         limited.limit,
         balance,
@@ -306,7 +300,7 @@ def _relax(
     return contacts, np.maximum(-found.ineqlin.marginals, 0.0)
 
 
-def _whole(limited: _Limited, worth: Floats, begins: NDArray[np.int64], contacts: Floats, n: int) -> NDArray[np.int64]:
+def _whole(limited: _Limited, worth: Floats, begins: NDArray[np.int64], contacts: Floats) -> NDArray[np.int64]:
     """Whole contacts (S, C) near those of the relaxation, which splits no more than there are limits.
 
     Raises:
@@ -315,7 +309,7 @@ def _whole(limited: _Limited, worth: Floats, begins: NDArray[np.int64], contacts
     rounded = np.rint(contacts)
     if (np.abs(contacts - rounded) <= _CLOSE * np.maximum(rounded, 1.0)).all():
         return rounded.astype(np.int64)
-    for near in (max(_NEAR // len(begins), 2), n):
+    for near in (max(_NEAR // len(begins), 2), len(worth)):
         found = _whole_near(limited, worth, begins, np.floor(contacts), near)
         if found is not None:
             return found
@@ -333,14 +327,12 @@ def _whole_near(
     last = begins + contacts.sum(axis=1).astype(np.int64)
     low, high = np.maximum(last - near, begins), np.minimum(last + near, ends)
     customers = np.concatenate([np.arange(a, b) for a, b in zip(low, high, strict=True)])
-    kind = np.repeat(np.arange(len(begins)), high - low)
-    balance = sparse.hstack([_one_each(who, len(begins)), -_one_each(kind, len(begins))], format="csr")
-    taken = np.hstack([limited.takes[:, who, how], np.zeros((len(limited.limit), len(customers)))])
+    taken, balance = _rows(limited, np.repeat(np.arange(len(begins)), high - low))
     room = limited.limit - np.tensordot(limited.takes, contacts, axes=2)
     integer = np.concatenate([np.ones(len(who)), np.zeros(len(customers))])
     lower = np.concatenate([-contacts[who, how], np.zeros(len(customers))])
     upper = np.concatenate([np.full(len(who), np.inf), np.ones(len(customers))])
-    rules: list[Any] = [(sparse.csr_array(taken), -np.inf, room), (balance, low - last, low - last)]
+    rules: list[Any] = [(taken, -np.inf, room), (balance, low - last, low - last)]
     found = milp(
         np.concatenate([limited.cost[who, how], -worth[customers]]),
         integrality=integer,
@@ -355,6 +347,13 @@ def _whole_near(
     return whole
 
 
-def _one_each(rows: NDArray[np.int64], count: int) -> Any:
-    """The row of each column (count, m)."""
-    return sparse.csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(count, len(rows)))
+def _rows(limited: _Limited, kind: NDArray[np.int64]) -> tuple[Any, Any]:
+    """The programme's rows over its columns, the ways of each kind and then customers of the kinds (m,).
+
+    What is taken of each limit (K, columns), and of each kind the contacts less the customers (S, columns).
+    """
+    who, how = np.nonzero(limited.allowed)
+    taken = np.hstack([limited.takes[:, who, how], np.zeros((len(limited.limit), len(kind)))])
+    sign = np.concatenate([np.ones(len(who)), -np.ones(len(kind))])
+    place = (np.concatenate([who, kind]), np.arange(len(sign)))
+    return sparse.csr_array(taken), sparse.csr_array((sign, place), shape=(len(limited.cost), len(sign)))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from propensity_dagster.models.base import threads
-from propensity_dagster.models.bitvectors import ZERO
+from propensity_dagster.models.bitvectors import MISSING, ZERO, categories_left
 from propensity_dagster.models.calibration import Floats
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ MAX_PATH = 14
 MAX_TABLE_BYTES = 512 << 20
 
 _BLOCK_ROWS = 256
-_MISSING = {"None": 0, "Zero": 1, "NaN": 2}
 _Array = NDArray[Any]
 
 
@@ -148,11 +147,11 @@ class _Flat:
             feature, words = node["split_feature"], 0
             first_word = len(self.words)
             if node["decision_type"] == "==":
-                words = self._add_categories(str(node["threshold"]))
+                words = self._add_categories(categories_left(node))
                 self.thresholds.append(0.0)
             else:
                 self.thresholds.append(float(node["threshold"]))
-            missing, default = _MISSING[node["missing_type"]], int(node["default_left"])
+            missing, default = MISSING[node["missing_type"]], int(node["default_left"])
             self.nodes.append((parent, is_left, position, feature, default, missing, first_word, words, -1))
             known = [name for name, _ in path]
             place = known.index(feature) if feature in known else len(path)
@@ -167,8 +166,7 @@ class _Flat:
                 waiting.append((node[side], here, int(side == "left_child"), place, longer, weight * share))
         self.roots.append(len(self.nodes))
 
-    def _add_categories(self, threshold: str) -> int:
-        codes = [int(code) for code in threshold.split("||")]
+    def _add_categories(self, codes: list[int]) -> int:
         words = [0] * (max(codes) // 32 + 1)
         for code in codes:
             words[code // 32] |= 1 << code % 32

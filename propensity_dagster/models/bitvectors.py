@@ -26,7 +26,8 @@ _MAX_RANK = 65_535
 _MAX_TABLE = 1 << 22
 ZERO = float(np.float32(1e-35))
 """Up to this a value is LightGBM's zero: kZeroThreshold of meta.h, a float."""
-_MISSING = {"None": 0, "Zero": 1, "NaN": 2}
+MISSING = {"None": 0, "Zero": 1, "NaN": 2}
+"""What counts as missing in a feature, as LightGBM's dump says it."""
 _Array = NDArray[Any]
 # The lowest bit times this number has the bit's position in its first six bits (Leiserson et al. 1998).
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
@@ -89,24 +90,26 @@ def build_forest(booster: Any) -> BitvectorForest | None:
     missing: dict[int, int] = {}
     for node in splits:
         feature = node["split_feature"]
-        missing[feature] = _MISSING[node["missing_type"]]
+        missing[feature] = MISSING[node["missing_type"]]
         if node["decision_type"] == "==":
-            codes[feature] = max(codes.get(feature, 0), max(_codes(node)) + 1)
+            codes[feature] = max(codes.get(feature, 0), max(categories_left(node)) + 1)
         else:
             ordered.setdefault(feature, set()).add(float(node["threshold"]))
     category_nodes = sum(node["decision_type"] == "==" for node in splits)
+    most_leaves = max((tree["num_leaves"] for tree in dump["tree_info"]), default=1)
     if (
-        any(tree["num_leaves"] > MAX_LEAVES for tree in dump["tree_info"])
+        most_leaves > MAX_LEAVES
         or any(len(values) >= _MAX_RANK for values in ordered.values())
         or category_nodes * max(codes.values(), default=0) > _MAX_TABLE
         or dump.get("average_output")
     ):
         return None
-    return _flatten(roots, {f: sorted(v) for f, v in ordered.items()}, codes, missing)
+    return _flatten(roots, most_leaves, {f: sorted(v) for f, v in ordered.items()}, codes, missing)
 
 
 def _flatten(
     roots: list[dict[str, Any]],
+    most_leaves: int,
     ordered: dict[int, list[float]],
     codes: dict[int, int],
     missing: dict[int, int],
@@ -117,8 +120,7 @@ def _flatten(
         features.append((feature, len(thresholds), len(values), missing[feature], 0))
         thresholds += values
     features += [(feature, 0, 0, 0, count) for feature, count in codes.items()]
-    most = max((_count_leaves(root) for root in roots), default=1)
-    kind = np.dtype(np.uint16 if most <= 16 else np.uint32 if most <= 32 else np.uint64)
+    kind = np.dtype(np.uint16 if most_leaves <= 16 else np.uint32 if most_leaves <= 32 else np.uint64)
     everything = int(np.iinfo(kind).max)
     trees, nodes, masks = [(0, 0, 0)], list[tuple[int, int]](), list[int]()
     category_nodes, table, leaves = list[tuple[int, int]](), list[int](), list[float]()
@@ -131,7 +133,7 @@ def _flatten(
                 cleared &= ~(1 << (leaf - first))
             if node["decision_type"] == "==":
                 category_nodes.append((feature, len(table)))
-                goes_left = set(_codes(node))
+                goes_left = set(categories_left(node))
                 table += [everything if code in goes_left else cleared for code in range(codes[feature] + 1)]
                 continue
             # Each feature has two planes: missing values are below every threshold in one, above in the other.
@@ -161,10 +163,6 @@ def _splits(root: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _count_leaves(root: dict[str, Any]) -> int:
-    return len(_splits(root)) + 1
-
-
 def _in_order(root: dict[str, Any], leaves: list[float]) -> list[tuple[dict[str, Any], range]]:
     """The splits of a tree and the leaves on their left; the tree's leaf values are appended from left to right."""
     begun: dict[int, int] = {}
@@ -183,8 +181,8 @@ def _in_order(root: dict[str, Any], leaves: list[float]) -> list[tuple[dict[str,
     return found
 
 
-def _codes(node: dict[str, Any]) -> list[int]:
-    """Categories that go left."""
+def categories_left(node: dict[str, Any]) -> list[int]:
+    """Codes of the categories that go left at a node of LightGBM's dump."""
     return [int(code) for code in str(node["threshold"]).split("||")]
 
 

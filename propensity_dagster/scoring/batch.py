@@ -5,10 +5,6 @@ files. Second pass: the reasons of all, or of the best. Third: exact global perc
 which are mapped from their file, then the finished table.
 """
 
-# Ibis does not type the arithmetic of columns.
-# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
-
 from __future__ import annotations
 
 import logging
