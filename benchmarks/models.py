@@ -169,7 +169,13 @@ def make_home(folder: Path, rows: int) -> None:
             chunk = drift_table(training_data(CHUNK, 10 + part), campaign.key, part, [str(SNAPSHOT)])
             writer = writer or stack.enter_context(pq.ParquetWriter(file, chunk.schema))
             writer.write_table(chunk)
-    score_snapshot(campaign, SNAPSHOT, load_model(home.root / "lightgbm"), "1", datetime(2025, 9, 1, 2), home)
+    score(campaign, home, load_model(home.root / "lightgbm"))
+
+
+def score(campaign: Campaign, home: Home, model: FittedModel) -> None:
+    """The features to scores."""
+    with open_engine() as engine:
+        score_snapshot(campaign, SNAPSHOT, model, "1", datetime(2025, 9, 1, 2), home, engine)
 
 
 def drift_table(data: Dataset, key: str, part: int, snapshots: list[str]) -> pa.Table:
@@ -200,7 +206,7 @@ class Score:
         campaign = campaign.model_copy(update={"explanations": explained})
         model = load_model(home.root / self.kind)
         model.scorer.log_odds(np.zeros((40_000, FEATURES)))  # compiled, warm
-        return lambda: score_snapshot(campaign, SNAPSHOT, model, "1", datetime(2025, 9, 1, 2), home)
+        return lambda: score(campaign, home, model)
 
 
 class ScoreRaw:

@@ -111,7 +111,7 @@ def as_calls(folder: Path, size: int) -> Callable[[], object]:
             audit_features(campaign, [SNAPSHOT], home, engine)
         version, model = require_champion(campaign, runtime.store)
         with runtime.engine() as engine:
-            score_snapshot(campaign, SNAPSHOT, model, version, datetime(2025, 8, 1, 2), home)
+            score_snapshot(campaign, SNAPSHOT, model, version, datetime(2025, 8, 1, 2), home, engine)
             score_violations(campaign, SNAPSHOT, home, engine)
         publish_online_features(campaign, SNAPSHOT, home)
 

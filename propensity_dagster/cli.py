@@ -93,7 +93,7 @@ def plan(
     chosen, home = find_campaign(campaign), Home.from_environment()
     newest = newest_scored(chosen, home)
     day = date.fromisoformat(_date(snapshot)) if snapshot else newest
-    with Runtime.from_environment().engine() as engine:
+    with Runtime.from_environment().local_engine() as engine:
         planned = plan_contacts(chosen, day, home, engine, now_utc(), capacity, budget)
     print_plan(chosen, planned, _console())
 
@@ -174,7 +174,7 @@ def doctor(
         diagnosis = Diagnosis(campaign)
         diagnosis.add("P001", "campaign file", str(error))
     else:
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             diagnosis = diagnose(chosen, runtime.home, engine, ingested=False)
     if as_json:
         print(diagnosis.to_json())
@@ -199,7 +199,7 @@ def new(
     from propensity_dagster.runtime import Runtime
 
     runtime = Runtime.from_environment()
-    with runtime.engine() as engine:
+    with runtime.local_engine() as engine:
         file, diagnosis = draft_campaign(name, data, outcome, to, runtime.home, engine)
     print_diagnosis(diagnosis, _console())
     print(f"wrote {file}; look at it, then: propensity demo {file}")
@@ -378,7 +378,7 @@ def experiment_readout(
     if not isinstance(chosen, EventCampaign) or name not in chosen.experiments:
         there = ", ".join(chosen.experiments) or "none"
         raise ConfigError(f"{chosen.file}: there is no experiment {name!r}; there are {there}")
-    with runtime.engine() as engine:
+    with runtime.local_engine() as engine:
         record = publish_readout(chosen, name, runtime.home, engine)
     words = record["recommendation"]
     for part in ("happened", "sure", "do"):

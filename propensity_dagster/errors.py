@@ -8,6 +8,7 @@ PropensityError
 ├── InsufficientDataError   too little history, too few converters
 ├── PlanError               the limits of a contact plan contradict each other
 ├── SavedModelError         a saved model is cut short, tampered with or unknown
+├── EngineError             what computes ran out of memory or disk, or lost its executors
 └── StorageError            the home folder cannot be written
 
 Every message says what came, what was wanted, what is allowed, and where.
@@ -44,6 +45,10 @@ class PlanError(PropensityError):
 
 class SavedModelError(PropensityError):
     """A saved model is cut short, tampered with or of an unknown kind."""
+
+
+class EngineError(PropensityError):
+    """What computes ran out of memory or disk, or lost its executors."""
 
 
 class StorageError(PropensityError):

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from propensity_dagster.campaign import Campaign, load_campaign
+from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster_tests import postgres
 from propensity_dagster_tests.served import free_port, wait_until
@@ -89,6 +90,13 @@ def make_shop(tmp_path: Path) -> Callable[..., Shop]:
         return Shop(load_campaign(shop_file(folder, **changes)), folder, Home(tmp_path / "home"))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """DuckDB, shared by the tests of a file."""
+    with open_engine() as opened:
+        yield opened
 
 
 def write_rows(file: Path, rows: "list[dict] | pa.Table") -> None:

@@ -84,7 +84,7 @@ def past(materialized, tmp_path_factory) -> Past:
         from propensity_dagster.features.snapshots import publish_features
 
         publish_features(campaign, [EARLIER], home, engine)
-        score_snapshot(campaign, EARLIER, model, version, datetime(2024, 7, 20, 1), home)
+        score_snapshot(campaign, EARLIER, model, version, datetime(2024, 7, 20, 1), home, engine)
         publish_audience(campaign, EARLIER, home, engine, datetime(2024, 7, 20, 2))
         publish_outcomes(campaign, EARLIER, home, engine)
     return Past(campaign, home)

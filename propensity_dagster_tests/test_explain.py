@@ -227,14 +227,14 @@ def test_the_service_gives_the_reasons_of_batch(registered):
 
 
 @pytest.mark.parametrize(("reasons", "above"), [(4, 0.0), (2, 0.9), (1, 1.0), (0, 0.0)])
-def test_how_many_and_for_whom(registered, reasons, above):
+def test_how_many_and_for_whom(registered, engine, reasons, above):
     stated = registered.campaign.explanations.model_copy(update={"reasons": reasons, "above_percentile": above})
     campaign = registered.campaign.model_copy(update={"explanations": stated})
     lake = registered.home.lake("small")
     snapshot = lake.partitions("scores", "snapshot")[-1]
     before = pq.read_table(lake.partition("scores", "snapshot", snapshot))
     model = load_model(registered.home.candidates("small") / "lightgbm")
-    score_snapshot(campaign, snapshot, model, "1", before["scored_at"][0].as_py(), registered.home)
+    score_snapshot(campaign, snapshot, model, "1", before["scored_at"][0].as_py(), registered.home, engine)
     found = pq.read_table(lake.partition("scores", "snapshot", snapshot))
     assert sum(name.endswith("_sentence") for name in found.column_names) == reasons
     if reasons:

@@ -26,12 +26,6 @@ from .conftest import CUSTOMERS, ORDERS, write_rows
 FIRST, LAST = date(2024, 1, 1), date(2024, 12, 31)
 
 
-@pytest.fixture(scope="module")
-def engine():
-    with open_engine() as opened:
-        yield opened
-
-
 def ingest(shop, engine, first=FIRST, last=LAST):
     ingest_stream(shop.campaign, "orders", first, last, shop.home, engine)
     return validate_stream(shop.campaign, "orders", first, last, shop.home, engine)

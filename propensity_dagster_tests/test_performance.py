@@ -127,7 +127,7 @@ class Bank:
         version, model = require_champion(self.campaign, self.store)
         with open_engine() as engine:
             publish_new_rows(self.campaign, snapshot, [str(self.root / "new.csv")], self.home, engine)
-            score_snapshot(self.campaign, snapshot, model, version, datetime(2025, 1, 1), self.home)
+            score_snapshot(self.campaign, snapshot, model, version, datetime(2025, 1, 1), self.home, engine)
             publish_drift(self.campaign, snapshot, model, version, self.home, engine)
             self.write("past.csv", self.rows[: self.start + (k + 1) * CHUNK])
             ingest_decisions(self.campaign, self.home, engine)

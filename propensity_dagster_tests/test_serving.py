@@ -224,12 +224,12 @@ def test_metrics_count_with_few_labels(service):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_http_gives_the_numbers_of_batch(all_registered, tmp_path, kind):
+def test_http_gives_the_numbers_of_batch(all_registered, tmp_path, engine, kind):
     """A whole snapshot, one customer at a time and in batches, from the body and from the store."""
     home = copy_home(all_registered, tmp_path)
     version = all_registered.versions[kind]
     model = load_model(all_registered.store.folder("small", version))
-    score_snapshot(all_registered.campaign, newest(home), model, version, datetime(2025, 1, 1), home)
+    score_snapshot(all_registered.campaign, newest(home), model, version, datetime(2025, 1, 1), home, engine)
     (found,) = [v for v in all_registered.store.versions("small") if v.version == version]
     name = build_package(all_registered.campaign, found, home, all_registered.store)
     write_release(home, ReleaseFile(name))

@@ -182,7 +182,7 @@ def test_a_package_of_another_campaign_is_refused(registered, package):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_population_ranks_as_batch_does(registered, kind):
+def test_the_population_ranks_as_batch_does(registered, kind, engine):
     """Percentile, decile and tier of every scored customer, found by their probability."""
     from propensity_dagster.scoring.batch import score_snapshot
 
@@ -192,7 +192,7 @@ def test_the_population_ranks_as_batch_does(registered, kind):
     model = load_batch_model(store.folder("small", version))
     from datetime import datetime
 
-    score_snapshot(campaign, snapshot, model, version, datetime(2025, 1, 1), home)
+    score_snapshot(campaign, snapshot, model, version, datetime(2025, 1, 1), home, engine)
     (found,) = [v for v in store.versions("small") if v.version == version]
     loaded = load_package(home.serving / "small" / "packages" / build_package(campaign, found, home, store))
     scores = pq.read_table(home.lake("small").partition("scores", "snapshot", snapshot)).to_pylist()

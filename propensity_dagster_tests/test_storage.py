@@ -144,7 +144,7 @@ def test_scoring_again_changes_nothing_but_the_time(materialized, newest_snapsho
     before = pq.read_table(file)
     at = before["scored_at"][0].as_py()
     with open_engine() as engine:
-        report = score_snapshot(campaign, newest_snapshot, model, version, at, home)
+        report = score_snapshot(campaign, newest_snapshot, model, version, at, home, engine)
         assert score_violations(campaign, newest_snapshot, home, engine) == 0
     assert report.rows == report.rows_in == before.num_rows
     assert pq.read_table(file).equals(before)
@@ -157,16 +157,16 @@ def test_batch_scores_equal_the_model_on_the_whole_table(materialized, newest_sn
     assert np.abs(champion[1].predict_proba(features) - scores["probability"].to_numpy()).max() <= 1e-9
 
 
-def test_scoring_without_champion_or_features(materialized, champion, tmp_path):
+def test_scoring_without_champion_or_features(materialized, champion, tmp_path, engine):
     campaign = materialized.campaign
     with pytest.raises(DataContractError, match="there is no champion: run the job small__train"):
         require_champion(campaign, MlflowStore(Home(tmp_path)))
     with pytest.raises(DataContractError, match="features snapshot=2030-01-01 has not been"):
         day = datetime(2030, 1, 1).date()
-        score_snapshot(campaign, day, champion[1], "1", datetime(2030, 1, 1), materialized.home)
+        score_snapshot(campaign, day, champion[1], "1", datetime(2030, 1, 1), materialized.home, engine)
 
 
-def test_tied_scores_share_their_percentile(materialized, newest_snapshot, tmp_path):
+def test_tied_scores_share_their_percentile(materialized, newest_snapshot, tmp_path, engine):
     import shutil
 
     campaign = materialized.campaign
@@ -176,19 +176,19 @@ def test_tied_scores_share_their_percentile(materialized, newest_snapshot, tmp_p
     target.parent.mkdir(parents=True)
     shutil.copy(source, target)
     baseline = load_model(materialized.home.candidates("small") / "baseline")
-    score_snapshot(campaign, newest_snapshot, baseline, "0", datetime(2024, 1, 1), home)
+    score_snapshot(campaign, newest_snapshot, baseline, "0", datetime(2024, 1, 1), home, engine)
     scores = pq.read_table(home.lake("small").partition("scores", "snapshot", newest_snapshot)).to_pandas()
     assert (scores.groupby("probability")["percentile"].nunique() == 1).all()
     assert scores["percentile"].max() == 1.0
 
 
-def test_an_empty_snapshot_gives_an_empty_table(materialized, newest_snapshot, champion, tmp_path):
+def test_an_empty_snapshot_gives_an_empty_table(materialized, newest_snapshot, champion, tmp_path, engine):
     campaign, home = materialized.campaign, Home(tmp_path)
     source = materialized.home.lake("small").partition("features", "snapshot", newest_snapshot)
     publish_table(
         pq.read_table(source).slice(0, 0), home.lake("small").partition("features", "snapshot", newest_snapshot)
     )
-    report = score_snapshot(campaign, newest_snapshot, champion[1], "1", datetime(2024, 1, 1), home)
+    report = score_snapshot(campaign, newest_snapshot, champion[1], "1", datetime(2024, 1, 1), home, engine)
     assert report.rows == report.rows_in == 0
     published = pq.read_schema(home.lake("small").partition("scores", "snapshot", newest_snapshot))
     assert published.names[:4] == ["customer_id", "snapshot", "probability", "percentile"]

@@ -109,7 +109,7 @@ class Nights:
         version, model = require_champion(campaign, self.store)
         with open_engine() as engine:
             publish_features(campaign, [snapshot], home, engine)
-            score_snapshot(campaign, snapshot, model, version, datetime(2024, 1, 1), home)
+            score_snapshot(campaign, snapshot, model, version, datetime(2024, 1, 1), home, engine)
             publish_drift(campaign, snapshot, model, version, home, engine)
             publish_ledger(campaign, home, self.store, engine)
 

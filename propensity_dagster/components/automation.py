@@ -294,7 +294,7 @@ def _new_files(campaign: EventCampaign, job: Any) -> dg.SensorDefinition:
             state, changed = changed_files(campaign, runtime.home, seen)
             if not changed:
                 return dg.SkipReason("no new or changed file")
-            with runtime.engine() as engine:
+            with runtime.local_engine() as engine:
                 days = days_in_files(campaign, changed, runtime.home, engine)
         except PropensityError as error:
             return dg.SkipReason(str(error))

@@ -73,7 +73,7 @@ def _audience(campaign: Campaign) -> dg.AssetsDefinition:
         broken: dict[str, int] = {}
         notes: list[str] = []
         shown: dict[date, dict[str, Any]] = {}
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             for snapshot in partition_days(context):
                 plan = publish_audience(
                     campaign, snapshot, runtime.home, engine, now_utc(), config.capacity, config.budget
@@ -111,7 +111,7 @@ def _exported(campaign: Campaign) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, runtime: dg.ResourceParam[Runtime]
     ) -> dg.MaterializeResult:
         shown: dict[date, dict[str, Any]] = {}
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             for snapshot in partition_days(context):
                 now = now_utc()
                 problem = export_problem(campaign, snapshot, runtime.home, now)

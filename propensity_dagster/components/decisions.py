@@ -65,7 +65,7 @@ def _raw(campaign: TableCampaign) -> dg.AssetsDefinition:
     )
     @user_errors
     def raw_decisions(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             rows = ingest_decisions(campaign, runtime.home.ensure(), engine)
         return dg.MaterializeResult(metadata={"rows": rows})
 
@@ -85,7 +85,7 @@ def _validated(campaign: TableCampaign) -> dg.AssetsDefinition:
     )
     @user_errors
     def validated_decisions(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             report = validate_decisions(campaign, runtime.home, engine)
             broken = decision_violations(campaign, runtime.home, engine)
         file = runtime.home.lake(campaign.name).file(f"validated_{DECISIONS}")
@@ -111,7 +111,7 @@ def _training_set(campaign: TableCampaign) -> dg.AssetsDefinition:
     )
     @user_errors
     def training_set(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             report = publish_decision_training_set(campaign, runtime.home, engine)
         return training_set_result(asset, report)
 
@@ -141,7 +141,7 @@ def _features(campaign: TableCampaign) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, config: RowsToScore, runtime: dg.ResourceParam[Runtime]
     ) -> dg.MaterializeResult:
         reports = {}
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             for snapshot in partition_days(context):
                 places = rows_to_score(campaign, snapshot, config.rows)
                 reports[snapshot] = publish_new_rows(campaign, snapshot, places, runtime.home, engine)

@@ -118,7 +118,7 @@ def _readout(campaign: EventCampaign, name: str) -> dg.AssetsDefinition:
     )
     @user_errors
     def readout(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             try:
                 record = publish_readout(campaign, name, runtime.home, engine)
             except InsufficientDataError as error:  # not a failure: the night goes on, and tomorrow there are more

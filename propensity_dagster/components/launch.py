@@ -121,7 +121,7 @@ def _ingest_new(campaign: EventCampaign, runtime: Runtime, defs: dg.Definitions,
     calendar = campaign_calendar(campaign)
     last = calendar.last
     if last is None:  # a copy of a log ends some day before today: there the run ends too
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             last = newest_source_day(campaign, runtime.home, engine, until=_yesterday())
     days = days_to_ingest(campaign, runtime.home, until=last)
     if days is not None:

@@ -175,7 +175,7 @@ def _outcomes(campaign: Campaign) -> dg.AssetsDefinition:
     @user_errors
     def outcomes(context: dg.AssetExecutionContext, runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
         reports: dict[date, OutcomesReport] = {}
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             for snapshot in partition_days(context):
                 reports[snapshot] = publish_outcomes(campaign, snapshot, runtime.home, engine)
         note_partitions(context, asset, {day: {"rows": r.rows, "converted": r.converted} for day, r in reports.items()})
@@ -202,7 +202,7 @@ def _ledger(campaign: Campaign) -> dg.AssetsDefinition:
     )
     @user_errors
     def ledger(context: dg.AssetExecutionContext, runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             report = publish_ledger(campaign, runtime.home, runtime.store, engine)
         for snapshot in report.counted:  # the UI shows what was computed on the way as materialized: it is
             context.log_event(dg.AssetMaterialization(key(campaign, OUTCOMES), partition=str(snapshot)))

@@ -67,7 +67,7 @@ def _scores(campaign: Campaign) -> dg.AssetsDefinition:
         reports, broken = {}, 0
         with runtime.engine() as engine:
             for snapshot in partition_days(context):
-                reports[snapshot] = score_snapshot(campaign, snapshot, model, version, scored_at, runtime.home)
+                reports[snapshot] = score_snapshot(campaign, snapshot, model, version, scored_at, runtime.home, engine)
                 broken += score_violations(campaign, snapshot, runtime.home, engine)
         note_partitions(context, asset, {d: _shown(campaign, r) for d, r in reports.items()})
         lost = sum(abs(r.rows_in - r.rows) for r in reports.values())

@@ -86,7 +86,7 @@ def diagnosis_asset(campaign: Campaign, looked_at: Sequence[str]) -> dg.AssetsDe
     )
     @user_errors
     def diagnosis(runtime: dg.ResourceParam[Runtime]) -> dg.MaterializeResult:
-        with runtime.engine() as engine:
+        with runtime.local_engine() as engine:
             found = diagnose(campaign, runtime.home, engine, ingested=True)
         file = runtime.home.reports(campaign.name) / "diagnosis.json"
         publish_text(found.to_json(), file)

@@ -100,8 +100,8 @@ def open_database(campaign: Campaign, where: str, connection: str, engine: Engin
     if connection.startswith(SQLITE):
         return engine.database(connection, lambda: _open_sqlite(path))
     quoted = str(path).replace("'", "''")
-    engine.backend.raw_sql(f"ATTACH IF NOT EXISTS '{quoted}' AS {attached_name(connection)} (READ_ONLY)")
-    return engine.backend
+    engine.local.backend.raw_sql(f"ATTACH IF NOT EXISTS '{quoted}' AS {attached_name(connection)} (READ_ONLY)")
+    return engine.local.backend
 
 
 def attached_name(connection: str) -> str:

@@ -1,11 +1,12 @@
 """Where Ibis expressions run. DuckDB in memory over parquet, with a spill folder; never a .duckdb file of ours.
 
-A DuckDB file locks out every other process, readers too, so the lake is parquet and DuckDB is scratch.
+A DuckDB file locks out every other process, readers too, so the lake is parquet and DuckDB is scratch. Spark, for data
+that outgrow one machine, is another engine with the same methods: see spark.py.
 """
 
 import os
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, cast
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
-from ibis.backends.duckdb import Backend
+import pyarrow.parquet as pq
 
 from propensity_dagster.data.lake import publishing
 from propensity_dagster.errors import SourceError, StorageError
@@ -32,6 +33,7 @@ _SQL_TYPES = {
     "timestamp": "TIMESTAMP",
 }
 BATCH_ROWS = 65_536
+BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
 _ANY_DAY = 2_000_000_011  # no day of anybody's, and no number of a query
 
 
@@ -40,16 +42,21 @@ class Engine:
     """An Ibis backend with the lake's conventions: UTC, exact types, atomic writes.
 
     Attributes:
-        backend: DuckDB in memory.
+        backend: of Ibis: DuckDB in memory.
         scratch: a folder that lives as long as the engine.
         databases: connections to sources, closed with the engine.
         files: source files that are read, with size and time.
     """
 
-    backend: Backend
+    backend: Any
     scratch: Path
     databases: dict[str, Any]
     files: dict[Path, tuple[int, int]]
+
+    @property
+    def local(self) -> "Engine":
+        """DuckDB in this process: what reads CSV files and databases."""
+        return self
 
     def note_files(self, files: Sequence[Path]) -> None:
         """Remember what these source files look like now, before they are read."""
@@ -78,6 +85,22 @@ class Engine:
         """A table over parquet files of one schema."""
         paths = [files] if isinstance(files, Path) else list(files)
         return self.backend.read_parquet([str(path) for path in paths], hive_partitioning=False)
+
+    def read_csv(self, files: Sequence[Path], **options: Any) -> ibis.Table:
+        """A table over CSV files, of the local engine."""
+        return self.local.backend.read_csv([str(file) for file in files], **options)
+
+    def adopt(self, table: ibis.Table) -> ibis.Table:
+        """A table of the local engine as one of this engine."""
+        return table
+
+    def name(self, table: ibis.Table) -> str:
+        """A name under which SQL finds a table."""
+        return self.backend.create_view(ibis.util.gen_name("named"), table).get_name()
+
+    def sql(self, query: str) -> ibis.Table:
+        """A table by a query in DuckDB's dialect, in which campaign files are written."""
+        return self.backend.sql(query, dialect="duckdb")
 
     def view(self, name: str, file: Path) -> ibis.Table:
         """A table over one parquet file under a fixed name: bind it to another file and prepared queries follow."""
@@ -121,6 +144,20 @@ class Engine:
     def run_query(self, query: str) -> pa.Table:
         """The rows of a prepared query."""
         return self.backend.raw_sql(query).to_arrow_table()
+
+    def map_batches(
+        self, file: Path, columns: Sequence[str], schema: pa.Schema, function: BatchFunction
+    ) -> pa.RecordBatchReader:
+        """What a function makes of the rows of a parquet file, in their order.
+
+        Args:
+            file: in the lake.
+            columns: what the function sees.
+            schema: of what it yields.
+            function: from an iterator of record batches to another; columns that it does not know it passes on.
+        """
+        batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=list(columns))
+        return pa.RecordBatchReader.from_batches(schema, (b.cast(schema) for b in function(batches)))
 
     def _typed_sql(self, expression: ibis.Table) -> str:
         """SQL with every column cast: DuckDB sums integers to HUGEINT, which parquet stores as DOUBLE."""

@@ -28,7 +28,7 @@ def read_files(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
     require_distinct_names(str(files[0]), _header(files[0], options))
     if files[0].suffix == ".csv":
         return read_csv(files, options, engine)
-    return engine.backend.read_parquet([str(f) for f in files], hive_partitioning=False)
+    return engine.read(files)
 
 
 def files_in(path: Path) -> list[Path]:
@@ -51,7 +51,7 @@ def read_csv(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
         stated["delim"] = options.separator
     if options.quote:
         stated["quote"] = options.quote
-    return engine.backend.read_csv([str(file) for file in files], all_varchar=True, **stated)
+    return engine.read_csv(files, all_varchar=True, **stated)
 
 
 def _encoding(file: Path) -> str:

@@ -60,8 +60,10 @@ def fetch(selected: ibis.Table, within: TimeRange | None, engine: Engine) -> ibi
         within: the days that are wanted; None wants all rows.
         engine: where the rows go.
     """
+    backend: Any = selected.get_backend()
+    if backend is engine.local.backend:
+        return engine.adopt(selected)
     wanted = _restricted(selected, within)
-    backend: Any = wanted.get_backend()
     query = backend.compile(wanted)
     handle, name = tempfile.mkstemp(suffix=".csv", dir=engine.scratch)
     with open(handle, "wb") as file:
@@ -72,10 +74,10 @@ def fetch(selected: ibis.Table, within: TimeRange | None, engine: Engine) -> ibi
         else:
             _dump_rows(backend.con.execute(query), list(wanted.columns), file)
     if backend.name != "postgres":  # SQLite's types bind nobody: what is there decides
-        return read_csv([Path(name)], Csv(separator=",", quote='"', encoding="utf-8"), engine)
+        return engine.adopt(read_csv([Path(name)], Csv(separator=",", quote='"', encoding="utf-8"), engine))
     types = {column: _duckdb_type(dtype) for column, dtype in wanted.schema().items()}
     options: Any = {"columns": types, "auto_detect": False, "header": True, "allow_quoted_nulls": False}
-    return engine.backend.read_csv(name, delim=",", quote='"', escape='"', **options)
+    return engine.adopt(engine.read_csv([Path(name)], delim=",", quote='"', escape='"', **options))
 
 
 def _dump_rows(cursor: Any, columns: list[str], file: Any) -> None:

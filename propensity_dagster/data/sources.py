@@ -255,12 +255,12 @@ def select_declared(
         selected = selected.mutate(position=(ibis.row_number() + 1).cast("int64"))
     if not expressions and condition is None:
         return selected
-    name = engine.backend.create_view(ibis.util.gen_name("source"), selected).get_name()
+    name = engine.name(selected)
     columns = ["*", *(f'({_over(typed, e).sql("duckdb")}) AS "{n}"' for n, e in expressions.items())]
     query = f'SELECT {", ".join(columns)} FROM "{name}"'
     if condition is not None:
         query = f"SELECT * FROM ({query}) AS derived WHERE {_over(typed, condition).sql('duckdb')}"
-    return engine.backend.sql(query, dialect="duckdb").drop(*typed.values())
+    return engine.sql(query).drop(*typed.values())
 
 
 def parse_expression(campaign: Campaign, where: str, sql: str) -> sge.Expr:
@@ -317,7 +317,7 @@ def _typed(table: ibis.Table, columns: Sequence[str], engine: Engine) -> tuple[i
         return table, {}
     counts: dict[str, Any] = {}
     for i, name in enumerate(texts):
-        value = table[name].strip().nullif("")
+        value = coerce.stripped(table[name]).nullif("")
         counts[f"there_{i}"] = value.count()
         counts |= {f"{kind}_{i}": value.try_cast(kind).count() for kind in _TYPES_TRIED}
         # DuckDB rounds "12.13" to the integer 12 rather than refuse it.
@@ -327,7 +327,7 @@ def _typed(table: ibis.Table, columns: Sequence[str], engine: Engine) -> tuple[i
     for i, name in enumerate(texts):
         fitting = [kind for kind in _TYPES_TRIED if found[f"{kind}_{i}"] == found[f"there_{i}"] > 0]
         if fitting:
-            casts[f"typed__{name}"] = table[name].strip().nullif("").cast(fitting[0])
+            casts[f"typed__{name}"] = coerce.stripped(table[name]).nullif("").cast(fitting[0])
     typed = {name.removeprefix("typed__"): name for name in casts}
     return (table.mutate(**casts) if casts else table), typed
 

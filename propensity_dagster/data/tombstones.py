@@ -7,17 +7,11 @@ import secrets
 from typing import Any
 
 import ibis
-import ibis.expr.datatypes as dt
 
 from propensity_dagster.data import coerce
 from propensity_dagster.data.lake import Home, locked, publish_text
 
 _FILE = "erased.json"
-
-
-@ibis.udf.scalar.builtin
-def sha256(text: str) -> dt.string:  # type: ignore[valid-type]  # pyright: ignore
-    """DuckDB's: hexadecimal."""
 
 
 def same_key(text: str) -> str:
@@ -47,7 +41,7 @@ def without_erased(table: ibis.Table, key: str, home: Home) -> ibis.Table:
     if not hashes:
         return table
     text = coerce.key_text(table[key])
-    hashed: Any = sha256(ibis.literal(salt) + text)
+    hashed: Any = (ibis.literal(salt) + text).hexdigest("sha256")
     return table.filter(text.isnull() | ~hashed.isin(hashes))
 
 

@@ -188,18 +188,12 @@ def _flag_outcomes(campaign: EventCampaign, name: str, table: ibis.Table, engine
         raise ConfigError(
             f"{campaign.file}: outcome.where: unknown column {missing[0]!r}; allowed are {', '.join(named)}"
         )
-    view = engine.backend.create_view(
-        ibis.util.gen_name("outcome"),
-        table.select(*table.columns, **{f"shown__{n}": v for n, v in named.items()}),
-    )
+    shown = engine.name(table.select(*table.columns, **{f"shown__{n}": v for n, v in named.items()}))
     for column in list(expression.find_all(sge.Column)):
         column.set("this", sge.to_identifier(f"shown__{column.name}", quoted=True))
     keep = ", ".join(f'"{c}"' for c in table.columns)
-    sql = (
-        f"SELECT {keep}, CAST(COALESCE(({expression.sql('duckdb')}), FALSE) AS TINYINT) AS is_outcome "
-        f'FROM "{view.get_name()}"'
-    )
-    return engine.backend.sql(sql, dialect="duckdb")
+    sql = f'SELECT {keep}, CAST(COALESCE(({expression.sql("duckdb")}), FALSE) AS TINYINT) AS is_outcome FROM "{shown}"'
+    return engine.sql(sql)
 
 
 def _absent(column: str) -> Any:

@@ -81,18 +81,6 @@ class FeatureContract:
             matrix[:, i] = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
         return matrix
 
-    def unseen(self, rows: pa.Table | pa.RecordBatch) -> dict[str, int]:
-        """Per category feature, how many rows hold a value that training never saw; they count as missing."""
-        found: dict[str, int] = {}
-        for feature in self.features:
-            if feature.kind == CATEGORY and feature.name in rows.schema.names:
-                values = rows.column(feature.name).cast(pa.string()).drop_null()
-                known = pc.is_in(values, pa.array(feature.categories, pa.string()))
-                count = len(values) - (pc.sum(known).as_py() or 0)
-                if count:
-                    found[feature.name] = count
-        return found
-
     def to_json(self) -> list[dict[str, Any]]:
         """Plain data for the saved model."""
         return [{"name": f.name, "kind": f.kind, "categories": list(f.categories)} for f in self.features]

@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,14 +31,15 @@ from propensity_dagster.explain.population import sample_file
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.models.base import FittedModel
 from propensity_dagster.models.calibration import Floats
+from propensity_dagster.models.dataset import CATEGORY
 from propensity_dagster.models.prior import LogOddsHistogram
+from propensity_dagster.models.rows import LOG_ODDS, RowScorer, ahead
 
 if TYPE_CHECKING:
     from propensity_dagster.explain.reasons import ReasonCoder
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 _PROGRESS_ROWS = 1_000_000
 SCORES, REPLACED = "scores", "scores_replaced"
 PRIOR_SHIFT = "prior_shift"
@@ -82,6 +81,7 @@ def score_snapshot(
     version: str,
     scored_at: datetime,
     home: Home,
+    engine: Engine,
 ) -> ScoresReport:
     """Score the `features` of one snapshot and publish `scores`, replacing that partition alone.
 
@@ -92,6 +92,7 @@ def score_snapshot(
         version: its version in the registry.
         scored_at: stamped on every row, UTC.
         home: where the lake is.
+        engine: where the features are read and the model is called.
 
     Raises:
         DataContractError: when the features are not there, or lack what the model needs.
@@ -105,7 +106,7 @@ def score_snapshot(
     coder = _reason_coder(campaign, features, model)
     with tempfile.TemporaryDirectory(prefix="propensity-scores-") as scratch:
         raw, numbers = Path(scratch) / "log_odds.parquet", Path(scratch) / "log_odds.float64"
-        first = _write_log_odds(campaign, features, model, raw, numbers)
+        first = _write_log_odds(campaign, features, model, engine, raw, numbers)
         ordered = np.memmap(numbers, np.float64, "r+") if first.rows else np.empty(0)
         ordered.sort()
         if coder is not None:
@@ -116,7 +117,7 @@ def score_snapshot(
         writer: pq.ParquetWriter | None = None
         rows, total, smallest, largest = 0, 0.0, np.inf, -np.inf
         with publishing(target) as temporary:
-            for batch in _ahead(pq.ParquetFile(raw).iter_batches(BATCH_ROWS)):
+            for batch in ahead(pq.ParquetFile(raw).iter_batches(BATCH_ROWS)):
                 table = _finish(campaign, snapshot, version, scored_at, batch, ordered, shift, coder)
                 writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
                 writer.write_table(table)
@@ -131,10 +132,11 @@ def score_snapshot(
                 writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
             writer.close()
     logger.info("scores %s: %s rows, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
-    if first.unseen:
-        logger.warning("scores %s: categories never seen in training: %s", snapshot, first.unseen)
+    unseen = _unseen_categories(features, model, engine)
+    if unseen:
+        logger.warning("scores %s: categories never seen in training: %s", snapshot, unseen)
     mean = total / max(rows, 1)
-    return ScoresReport(rows_in, rows, mean, float(smallest), float(largest), shift, first.unseen)
+    return ScoresReport(rows_in, rows, mean, float(smallest), float(largest), shift, unseen)
 
 
 def newest_scored(campaign: Campaign, home: Home) -> date:
@@ -215,7 +217,6 @@ class _FirstPass:
 
     rows: int
     histogram: LogOddsHistogram
-    unseen: dict[str, int]
 
 
 def _reason_coder(campaign: Campaign, features: Path, model: FittedModel) -> ReasonCoder | None:
@@ -241,7 +242,7 @@ def _with_reasons(
     rows = pq.ParquetFile(features).iter_batches(batch_size=BATCH_ROWS, columns=model.contract.names)
     writer: pq.ParquetWriter | None = None
     for scored, batch in zip(scores, rows, strict=True):
-        chosen = np.flatnonzero(scored.column("log_odds").to_numpy() >= cut_off)
+        chosen = np.flatnonzero(scored.column(LOG_ODDS).to_numpy() >= cut_off)
         found = coder.reasons(model.contract.encode(batch.take(pa.array(chosen)))).columns()
         place = np.full(batch.num_rows, -1)
         place[chosen] = np.arange(len(chosen))
@@ -256,37 +257,37 @@ def _with_reasons(
     return target
 
 
-def _write_log_odds(campaign: Campaign, features: Path, model: FittedModel, file: Path, numbers: Path) -> _FirstPass:
+def _write_log_odds(
+    campaign: Campaign, features: Path, model: FittedModel, engine: Engine, file: Path, numbers: Path
+) -> _FirstPass:
     """Keys and log-odds to `file`, the log-odds alone to `numbers`, as they are in memory."""
     schema = _raw_schema(campaign)
-    columns = [campaign.key, *model.contract.names]
-    source = pq.ParquetFile(features)
-    present = [name for name in columns if name in source.schema_arrow.names]
-    found = _FirstPass(0, LogOddsHistogram(), {})
-    batches = source.iter_batches(batch_size=BATCH_ROWS, columns=present)
-    encoded = _ahead((batch, model.contract.encode(batch), model.contract.unseen(batch)) for batch in batches)
+    metadata = pq.read_metadata(features)
+    model.contract.require(metadata.schema.names)
+    found = _FirstPass(0, LogOddsHistogram())
+    scored = engine.map_batches(features, [campaign.key, *model.contract.names], schema, RowScorer(model))
     with pq.ParquetWriter(file, schema, compression="lz4") as writer, numbers.open("wb") as plain:
-        for batch, X, unseen in encoded:
-            z = model.log_odds(X)
-            writer.write_batch(pa.record_batch([batch.column(campaign.key), pa.array(z)], schema=schema))
+        for batch in scored:
+            writer.write_batch(batch)
+            z = batch.column(LOG_ODDS).to_numpy()
             z.tofile(plain)
             found.rows += batch.num_rows
-            _show_progress("scores", found.rows, batch.num_rows, source.metadata.num_rows)
+            _show_progress("scores", found.rows, batch.num_rows, metadata.num_rows)
             if campaign.prior.adapt:
                 found.histogram.add(z)
-            for name, rows in unseen.items():
-                found.unseen[name] = found.unseen.get(name, 0) + rows
     return found
 
 
-def _ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each made while the one before is in use: reading and computing keep two cores busy."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1, "ahead") as pool:
-        coming = pool.submit(next, iterator, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, iterator, end)
-            yield item  # pyright: ignore[reportReturnType]
+def _unseen_categories(features: Path, model: FittedModel, engine: Engine) -> dict[str, int]:
+    """Per category feature, rows with a value that training never saw."""
+    table: Any = engine.read(features)
+    specs = [spec for spec in model.contract.features if spec.kind == CATEGORY]
+    if not specs:
+        return {}
+    new = {f"new_{i}": table[s.name].notnull() & table[s.name].notin(s.categories) for i, s in enumerate(specs)}
+    counts = table.aggregate(**{name: unknown.sum().fill_null(0).cast("int64") for name, unknown in new.items()})
+    found = engine.arrow(counts).to_pylist()[0]
+    return {spec.name: found[f"new_{i}"] for i, spec in enumerate(specs) if found[f"new_{i}"]}
 
 
 def _show_progress(what: str, rows: int, added: int, total: int) -> None:
@@ -295,7 +296,7 @@ def _show_progress(what: str, rows: int, added: int, total: int) -> None:
 
 
 def _raw_schema(campaign: Campaign) -> pa.Schema:
-    return pa.schema([(campaign.key, pa.string()), ("log_odds", pa.float64())])
+    return pa.schema([(campaign.key, pa.string()), (LOG_ODDS, pa.float64())])
 
 
 def _ranks(z: Floats, ordered: Floats) -> NDArray[np.int64]:
@@ -316,7 +317,7 @@ def _finish(
     shift: float,
     coder: ReasonCoder | None,
 ) -> pa.Table:
-    z = batch.column("log_odds").to_numpy()
+    z = batch.column(LOG_ODDS).to_numpy()
     probability = expit(z + shift)
     rank, total = _ranks(z, ordered), max(len(ordered), 1)
     percentile = rank / total

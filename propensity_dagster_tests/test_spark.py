@@ -1,0 +1,352 @@
+"""Spark gives what DuckDB gives: on this machine, through Spark Connect, and on a cluster that loses a worker."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from datetime import date, datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from propensity_dagster.campaign import find_campaign, load_campaign
+from propensity_dagster.data import coerce
+from propensity_dagster.data.engine import open_engine
+from propensity_dagster.data.lake import Home
+from propensity_dagster.data.spark import open_spark
+from propensity_dagster.errors import ConfigError, EngineError
+from propensity_dagster.models.rows import RowScorer
+from propensity_dagster.models.saved import load_model
+from propensity_dagster.runtime import Runtime
+
+from .conftest import KINDS, SHARED_DATA, SMALL
+from .pipeline import require_equal_lakes, require_equal_tables, run_pipeline, score_newest
+from .served import free_port, wait_until
+
+pyspark = pytest.importorskip("pyspark", reason="the extra 'spark' is not installed")
+if shutil.which("java") is None:
+    pytest.skip("there is no Java", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+SPARK_CLASS = Path(pyspark.__file__).parent / "bin" / "spark-class"
+EXAMPLES = {"cdnow": "cdnow.yaml", "online_retail": "online_retail.yaml"}
+
+
+@pytest.fixture(scope="module")
+def spark(tmp_path_factory):
+    """A session of two cores that cuts tables into many more parts than that."""
+    with open_spark("local[2]", tmp_path_factory.mktemp("spark"), memory_gb=1.0, threads=2) as opened:
+        opened.session.conf.set("spark.sql.files.maxPartitionBytes", "256k")
+        opened.session.conf.set("spark.sql.files.openCostInBytes", "16k")
+        opened.session.conf.set("spark.sql.adaptive.coalescePartitions.enabled", "false")
+        opened.session.conf.set("spark.sql.shuffle.partitions", "5")
+        yield opened
+
+
+TEXTS = [
+    "2024-01-01 10:00:00", "2024-01-01T10:00:00+02:00", "2024-01-01T10:00:00Z", "2024-01-01 10:00:00.123456", "2024-1-2",
+    "2024-02-30", "2024-01-01", "2024", "2024-05", "10:00:00", "20240131", "31/01/2024", "1/2/2024", " 12.5 ", "12.5", "-0",
+    "1e3", "1d", "17850", "17850.0", "00123", "-7.000", "Infinity", "nan", "", "  ", "\vfive\f", "\tfashion\n", "x'y", "\\d", "1_000", "0x1F", "1,5", ".5", "5.", "1e400", "+1", "1f", "inf", "epoch",
+    "2024/01/02", "2024-01-01 10:00", "2024-01-01 25:00:00", "0024-01-01", "99999-01-01", None,
+]  # fmt: skip
+NUMBERS = [
+    0.0, -0.0, 1.0, 2.5, 0.005, 1.005, 2.675, -3.0, 17850.0, 1e20, 9.1e15, float("nan"), float("inf"), float("-inf"), None,
+]  # fmt: skip
+COERCIONS = {
+    "key": lambda t: coerce.key_text(t.text),
+    "key_of_number": lambda t: coerce.key_text(t.number),
+    "key_of_integer": lambda t: coerce.key_text(t.integer),
+    "time": lambda t: coerce.utc_time(t.text, None, ""),
+    "time_day_first": lambda t: coerce.utc_time(t.text, "%d/%m/%Y", ""),
+    "time_compact": lambda t: coerce.utc_time(t.text, "%Y%m%d", ""),
+    "time_seconds": lambda t: coerce.utc_time(t.text, "%Y-%m-%d %H:%M:%S", ""),
+    "time_letters": lambda t: coerce.utc_time(t.text, "%Y-%m-%dT%H:%M:%SZ", ""),
+    "time_of_timestamp": lambda t: coerce.utc_time(t.at, None, ""),
+    "time_of_zoned": lambda t: coerce.utc_time(t.zoned, None, ""),
+    "time_of_date": lambda t: coerce.utc_time(t.day, None, ""),
+    "number": lambda t: coerce.number(t.text),
+    "number_of_number": lambda t: coerce.number(t.number),
+    "cents": lambda t: coerce.scaled_integer(t.number, 100),
+    "cents_of_text": lambda t: coerce.scaled_integer(t.text, 100),
+    "category": lambda t: coerce.category(t.text),
+    "category_of_integer": lambda t: coerce.category(t.integer),
+    "lost": lambda t: coerce.lost(t.text, coerce.number(t.text)),
+    "lost_number": lambda t: coerce.lost(t.number, coerce.number(t.number)),
+    "day": lambda t: coerce.day_number(t.at),
+    "hash": lambda t: t.text.hexdigest("sha256"),
+}
+
+
+@pytest.fixture(scope="module")
+def nasty(spark, engine, tmp_path_factory):
+    """One file of hard values, as a table of each engine."""
+    n = len(TEXTS)
+    numbers = [NUMBERS[i % len(NUMBERS)] for i in range(n)]
+    at = [datetime(1969 + i, 12, 31, 23, 59, 59, 999999) for i in range(n)]
+    data = pa.table(
+        {
+            "row": pa.array(range(n)),
+            "text": pa.array(TEXTS, pa.string()),
+            "number": pa.array(numbers, pa.float64(), from_pandas=False),
+            "integer": pa.array([i - 3 for i in range(n)]),
+            "at": pa.array(at, pa.timestamp("us")),
+            "zoned": pa.array(at, pa.timestamp("us", "UTC")),
+            "day": pa.array([date(1969 + i, 2, 28) for i in range(n)]),
+        }
+    )
+    file = tmp_path_factory.mktemp("nasty") / "nasty.parquet"
+    pq.write_table(data, file)
+    return engine.read(file), spark.read(file)
+
+
+@pytest.mark.parametrize("name", COERCIONS)
+def test_values_coerce_alike(spark, engine, nasty, name):
+    here, there = (
+        opened.arrow(table.select("row", value=COERCIONS[name](table)).order_by("row"))
+        for opened, table in zip((engine, spark), nasty, strict=True)
+    )
+    assert there.schema == here.schema
+    if pa.types.is_timestamp(here["value"].type):  # Python's end with the year 9999
+        here, there = (t.set_column(1, "value", t["value"].cast("int64")) for t in (here, there))
+    assert there["value"].to_pylist() == here["value"].to_pylist()
+
+
+def shipped(name: str, folder: Path):
+    """A shipped campaign on fewer customers, with two snapshots to learn from."""
+    file = folder / f"{name}.yaml"
+    file.write_text(find_campaign(name).file.read_text().replace("customers=20000", "customers=1500"))
+    return fewer_snapshots(load_campaign(file))
+
+
+def fewer_snapshots(campaign):
+    stated = campaign.snapshots.model_copy(update={"train": 2, "validate": 1, "test": 1})
+    return campaign.model_copy(update={"snapshots": stated})
+
+
+def on_both(campaign, spark, engine, folder: Path):
+    """The lake of each engine."""
+    here, there = Home(folder / "duckdb"), Home(folder / "spark")
+    said = run_pipeline(campaign, here, engine)
+    if here.synthetic.exists():
+        shutil.copytree(here.synthetic, there.synthetic)
+    assert run_pipeline(campaign, there, spark) == said
+    assert require_equal_lakes(here.lake(campaign.name).root, there.lake(campaign.name).root) > 100
+    return here, there
+
+
+@pytest.mark.parametrize("name", ["ecommerce_purchase", "saas_upgrade"])
+def test_shipped_campaigns_give_the_same_tables(spark, engine, tmp_path, name):
+    on_both(shipped(name, tmp_path), spark, engine, tmp_path)
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="the real data are not part of the repository")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_real_logs_give_the_same_tables(spark, engine, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("PROPENSITY_DATA", str(SHARED_DATA))
+    campaign = load_campaign(ROOT / "examples" / EXAMPLES[name])
+    on_both(fewer_snapshots(campaign), spark, engine, tmp_path)
+
+
+@pytest.fixture
+def two_homes(all_registered, tmp_path):
+    """The same features twice."""
+    homes = Home(tmp_path / "duckdb"), Home(tmp_path / "spark")
+    for home in homes:
+        shutil.copytree(all_registered.home.root, home.root, ignore=shutil.ignore_patterns("mlruns", "raw_*"))
+    return homes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_executors_score_as_one_machine_does(spark, engine, all_registered, two_homes, kind):
+    here, there = two_homes
+    folder = all_registered.store.folder("small", all_registered.versions[kind])
+    said = [
+        score_newest(all_registered.campaign, folder, h, e) for h, e in zip(two_homes, (engine, spark), strict=True)
+    ]
+    assert said[0][0].rows == said[1][0].rows > 1000
+    assert said[0][1] == said[1][1] == 0
+    assert require_equal_lakes(here.lake("small").root, there.lake("small").root) > 100
+
+
+def test_a_scored_table_of_decisions_is_the_same(spark, engine, decisions, tmp_path):
+    """Its rows are in the file's order, which is no column's."""
+    file = tmp_path / "rows.parquet"
+    table = pq.read_table(next(decisions.home.lake("past").root.glob("features/snapshot=*/part.parquet")))
+    shuffled = pa.concat_tables([table.slice(7), table.slice(0, 7)] * 40)
+    pq.write_table(shuffled, file, row_group_size=100)
+    model = load_model(decisions.home.candidates("past") / "lightgbm")
+    schema = pa.schema(
+        [(decisions.campaign.key, table.schema.field(decisions.campaign.key).type), ("log_odds", pa.float64())]
+    )
+    columns = [decisions.campaign.key, *model.contract.names]
+    here, there = (e.map_batches(file, columns, schema, RowScorer(model)).read_all() for e in (engine, spark))
+    require_equal_tables(here, there, "scores")
+
+
+def small_campaign(folder: Path) -> Path:
+    content = yaml.safe_load(SMALL)
+    content["source"]["connection"] = "synthetic://ecommerce?customers=800&days=200&seed=3"
+    content["snapshots"] = {"every": "7d", "train": 2, "validate": 1, "test": 1}
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.fixture(scope="module")
+def expected(engine, all_registered, tmp_path_factory):
+    """A campaign, a model, and the home that DuckDB made of them."""
+    root = tmp_path_factory.mktemp("expected")
+    campaign = load_campaign(small_campaign(root))
+    model = all_registered.store.folder("small", all_registered.versions["lightgbm"])
+    run_pipeline(campaign, Home(root / "duckdb"), engine)
+    score_newest(campaign, model, Home(root / "duckdb"), engine)
+    return campaign, model, Home(root / "duckdb")
+
+
+def environment(home: Home, engine_url: str, **more: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PROPENSITY_", "SPARK_", "PYSPARK_"))}
+    return {
+        **inherited,
+        "PROPENSITY_HOME": str(home.root),
+        "PROPENSITY_ENGINE": engine_url,
+        "PROPENSITY_MEMORY_GB": "1",
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        **more,
+    }
+
+
+def start(command: list[str], log: Path, **more: str) -> subprocess.Popen:
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", **more},
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def stop(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def job(campaign, model: Path) -> list[str]:
+    return [sys.executable, "-m", "propensity_dagster_tests.pipeline", str(campaign.file), str(model)]
+
+
+@pytest.fixture
+def worker_python(tmp_path_factory):
+    """What an executor needs, and nothing else."""
+    folder = tmp_path_factory.mktemp("executor") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    packages = ["numpy", "pyarrow", "lightgbm"]
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", *packages]
+    subprocess.run(pip, check=True)
+    return folder / "bin" / "python"
+
+
+def test_a_cluster_that_loses_a_worker_gives_the_same_tables(expected, tmp_path, worker_python):
+    campaign, model, here = expected
+    home = Home(tmp_path / "home")
+    shutil.copytree(here.synthetic, home.synthetic)
+    port, url = free_port(), ""
+    url = f"spark://127.0.0.1:{port}"
+    deploy = "org.apache.spark.deploy"
+    local = ["--host", "127.0.0.1", "--webui-port", str(free_port())]
+    processes = [
+        start([str(SPARK_CLASS), f"{deploy}.master.Master", *local, "--port", str(port)], tmp_path / "master.log")
+    ]
+    try:
+        wait_until(lambda: "ALIVE" in (tmp_path / "master.log").read_text(), seconds=60)
+        for n in (1, 2):
+            own = ["--host", "127.0.0.1", "--webui-port", str(free_port()), "--cores", "1", "--memory", "1g"]
+            worker = [str(SPARK_CLASS), f"{deploy}.worker.Worker", *own, "--work-dir", str(tmp_path / f"work{n}"), url]
+            processes.append(start(worker, tmp_path / f"worker{n}.log", SPARK_WORKER_OPTS=""))
+            wait_until(lambda n=n: "registered with master" in (tmp_path / f"worker{n}.log").read_text(), seconds=60)
+        driver = start(
+            job(campaign, model), tmp_path / "driver.log", **environment(home, url, PYSPARK_PYTHON=str(worker_python))
+        )
+        processes.append(driver)
+        activity = home.lake("small").root / "activity"
+        wait_until(lambda: activity.exists() or driver.poll() is not None, seconds=300)
+        assert driver.poll() is None, (tmp_path / "driver.log").read_text()[-3000:]
+        for folder in (tmp_path / "work2").rglob("pid"):
+            folder.unlink()
+        executors = executors_of(tmp_path / "work2")
+        assert executors
+        stop(processes[2])
+        for pid in executors:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert driver.wait(timeout=400) == 0, (tmp_path / "driver.log").read_text()[-3000:]
+    finally:
+        for process in processes:
+            stop(process)
+    require_equal_lakes(here.lake("small").root, home.lake("small").root)
+    assert "xecutor" in (tmp_path / "driver.log").read_text()  # it noticed
+
+
+def executors_of(work: Path) -> list[int]:
+    """Processes whose working folder is in that of a worker."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(process / "cwd")).is_relative_to(work):
+                found.append(int(process.name))
+    return found
+
+
+def test_spark_connect_gives_the_same_tables(expected, tmp_path):
+    campaign, model, here = expected
+    home, port = Home(tmp_path / "home"), free_port()
+    shutil.copytree(here.synthetic, home.synthetic)
+    server = start(
+        [
+            str(SPARK_CLASS), "org.apache.spark.deploy.SparkSubmit",
+            "--class", "org.apache.spark.sql.connect.service.SparkConnectServer", "--master", "local[2]",
+            "--conf", f"spark.connect.grpc.binding.port={port}", "--conf", "spark.connect.grpc.binding.address=127.0.0.1",
+            "--conf", "spark.ui.enabled=false", "--conf", "spark.driver.host=127.0.0.1", "spark-internal",
+        ],
+        tmp_path / "connect.log",
+        PYSPARK_PYTHON=sys.executable,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: "Spark Connect server started" in (tmp_path / "connect.log").read_text(), seconds=60)
+        own = environment(home, f"sc://127.0.0.1:{port}")
+        done = subprocess.run(
+            job(campaign, model), env=own, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    finally:
+        stop(server)
+    require_equal_lakes(here.lake("small").root, home.lake("small").root)
+
+
+def test_what_cannot_be_is_said(spark, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROPENSITY_ENGINE", "sparkle")
+    with pytest.raises(ConfigError, match=r"PROPENSITY_ENGINE must be duckdb, spark, local\[N\].* got 'sparkle'"):
+        Runtime.from_environment()
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 cut short")
+    with pytest.raises(EngineError, match="Spark could not finish") as raised:
+        spark.read(broken)
+    assert "\n" not in str(raised.value)
+    assert "\tat " not in str(raised.value)
+
+
+def test_scratch_is_gone_afterwards(tmp_path):
+    with open_spark("local[2]", tmp_path, memory_gb=1.0, threads=2) as opened:
+        table = opened.cache(opened.table(pa.table({"a": [3, 1, 2]})))
+        assert opened.arrow(table.order_by("a"))["a"].to_pylist() == [1, 2, 3]
+        assert any((tmp_path / "scratch").iterdir())
+    assert not any((tmp_path / "scratch").iterdir())
+    with open_engine() as here:
+        assert here.local is here
