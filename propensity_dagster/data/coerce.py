@@ -134,13 +134,18 @@ def lost(raw: Any, coerced: Any) -> Any:
     return there & coerced.isnull()
 
 
+def float_literal(value: float) -> Any:
+    """A number to its last digit. DuckDB reads 0.08333333333333333 as a decimal, which becomes another double."""
+    return ibis.literal(repr(float(value))).cast("float64")
+
+
 def day_number(time: Any) -> Any:
     """Days since 1970-01-01 of an instant."""
     return time.date().delta(ibis.date(EPOCH), unit="day").cast("int32")
 
 
 def is_finite(value: Any) -> Any:
-    """Neither NaN nor infinite: every engine sorts NaN above infinity. Spark has no infinite literal to compare with."""
+    """Neither NaN nor infinite: every engine sorts NaN above infinity, and Spark has no literal for that."""
     return value.abs() <= ibis.literal(sys.float_info.max, "float64")
 
 

@@ -34,6 +34,7 @@ _SQL_TYPES = {
 }
 BATCH_ROWS = 65_536
 BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+_MANY_QUERIES = 3
 _ANY_DAY = 2_000_000_011  # no day of anybody's, and no number of a query
 
 
@@ -116,6 +117,17 @@ class Engine:
         name = ibis.util.gen_name("cached")
         self.backend.raw_sql(f'CREATE TEMP TABLE "{name}" AS {self._typed_sql(expression)}')
         return self.backend.table(name)
+
+    def by_key(self, table: ibis.Table, key: str, order: str, queries: int) -> ibis.Table:
+        """A table laid out so that queries which group by `key` are cheap, where so many of them are worth it.
+
+        In a scratch file, for a table in the engine that does not fit its memory is spilled and read back for each one.
+        """
+        if queries < _MANY_QUERIES:
+            return table
+        file = self.scratch / f"{ibis.util.gen_name('by_key')}.parquet"
+        self.publish(table.order_by([key, order]), file)
+        return self.read(file)
 
     def arrow(self, expression: ibis.Table) -> pa.Table:
         """The rows, with exactly the types the expression states."""

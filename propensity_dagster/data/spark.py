@@ -64,10 +64,12 @@ class SparkEngine(Engine):
     Attributes:
         session: the session.
         duckdb: what reads CSV files and databases.
+        kept: data frames that the executors hold as long as the engine lives.
     """
 
     session: Any
     duckdb: Engine
+    kept: list[Any]
 
     @property
     def local(self) -> Engine:
@@ -100,6 +102,13 @@ class SparkEngine(Engine):
         folder = self._scratch_path()
         self._write(self._typed_sql(expression), folder)
         return self.read(folder)
+
+    def by_key(self, table: ibis.Table, key: str, order: str, queries: int) -> ibis.Table:
+        """A table cut by `key` and kept by the executors: to group and join by it moves nothing between them."""
+        parts = int(self.session.conf.get("spark.sql.shuffle.partitions"))
+        frame = self.session.sql(self._typed_sql(table)).repartition(parts, key).persist()
+        self.kept.append(frame)
+        return self._table(ibis.util.gen_name("by_key"), frame)
 
     def arrow(self, expression: ibis.Table) -> pa.Table:
         """The rows, with exactly the types the expression states."""
@@ -187,10 +196,14 @@ def open_spark(master: str, root: Path, memory_gb: float = 4.0, threads: int | N
     """
     session = _session(master, memory_gb, threads)
     scratch = _scratch_folder(root)
+    kept: list[Any] = []
     try:
         with open_engine(memory_gb, threads) as duckdb:
-            yield SparkEngine(ibis.pyspark.connect(session), scratch, duckdb.databases, duckdb.files, session, duckdb)
+            backend = ibis.pyspark.connect(session)
+            yield SparkEngine(backend, scratch, duckdb.databases, duckdb.files, session, duckdb, kept)
     finally:
+        for frame in kept:
+            frame.unpersist()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -214,7 +227,7 @@ def _session(master: str, memory_gb: float, threads: int | None) -> Any:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         settings |= _LOCAL_SETTINGS | {
             "spark.driver.memory": f"{max(int(memory_gb * 1024), 1024)}m",
-            "spark.sql.shuffle.partitions": str(8 * cores),
+            "spark.sql.shuffle.partitions": str(4 * cores),
         }
     for name, value in settings.items():
         builder = builder.config(name, value)

@@ -92,12 +92,9 @@ def validate_stream(
     checked = engine.cache(_mark_duplicates(row, _identity(stream, raw_columns), raw_columns))
 
     quarantine = checked.filter(checked.reason.notnull())
-    quarantine = quarantine.select(
-        "day",
-        **{c.removeprefix(_RAW): quarantine[c].cast("string") for c in raw_columns},
-        reason=quarantine.reason,
-    )
-    quarantine = quarantine.order_by([quarantine.day.asc(nulls_first=False), *stable_order(quarantine, ["day"])])
+    quarantine = quarantine.order_by([quarantine.day.asc(nulls_first=False), *raw_columns, REASON])
+    shown = {c.removeprefix(_RAW): quarantine[c].cast("string") for c in raw_columns}
+    quarantine = quarantine.select("day", **shown, reason=quarantine.reason)
     bad_by_day, bad_unplaced = publish_days(
         engine.batches(quarantine),
         days,
@@ -176,11 +173,11 @@ def validate_entities(campaign: EventCampaign, home: Home, engine: Engine) -> Va
     message = f"{campaign.key}: another row with this key was created earlier"
     checked = engine.cache(row.mutate(reason=ibis.ifelse(again, message, row.reason)))
 
-    quarantine = checked.filter(checked.reason.notnull())
+    quarantine = checked.filter(checked.reason.notnull()).order_by([*raw_columns, REASON])
     quarantine = quarantine.select(
         **{c.removeprefix(_RAW): quarantine[c].cast("string") for c in raw_columns}, reason=quarantine.reason
     )
-    bad = engine.arrow(quarantine.order_by(stable_order(quarantine, [])))
+    bad = engine.arrow(quarantine)
     publish_table(bad, lake.file(f"quarantine_{table_name}"))
     total = pq.read_metadata(lake.file(f"raw_{table_name}")).num_rows
     where = lake.file(f"quarantine_{table_name}")

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from scipy.special import expit
 
 from propensity_dagster.campaign import Campaign
+from propensity_dagster.data.coerce import float_literal
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home, publish_table, read_rows
 from propensity_dagster.errors import DataContractError
@@ -213,10 +214,10 @@ def _number_totals(column: Any, known: Mapping[str, Any], name: str) -> dict[str
     # whether the value is there would double the work.
     totals = {f"present_{name}": (column.notnull() & ~column.isnan()).sum()}
     for k, edge in enumerate(known["edges"]):
-        totals[f"upto_{name}_{k}"] = (column <= edge).sum()
+        totals[f"upto_{name}_{k}"] = (column <= float_literal(edge)).sum()
     if known["lowest"] is not None:
-        totals[f"below_{name}"] = (column < known["lowest"]).sum()
-        totals[f"inside_{name}"] = (column <= known["highest"]).sum()
+        totals[f"below_{name}"] = (column < float_literal(known["lowest"])).sum()
+        totals[f"inside_{name}"] = (column <= float_literal(known["highest"])).sum()
     return totals
 
 
