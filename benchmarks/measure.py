@@ -22,7 +22,7 @@ from typing import Any
 Work = Callable[[Path, int], Callable[[], object]]
 """From a folder and a size to what is timed: whatever comes before that is preparation."""
 
-MODULES = ["benchmarks.pipeline", "benchmarks.models", "benchmarks.orchestration"]
+MODULES = ["benchmarks.pipeline", "benchmarks.models", "benchmarks.orchestration", "benchmarks.spark"]
 _LIBRARIES = ("duckdb", "ibis-framework", "pyarrow", "lightgbm", "torch", "numba", "dagster", "pandas")
 
 
@@ -99,7 +99,22 @@ def _timed(work: Work, folder: Path, size: int) -> Timing:
 
 def _cpu() -> float:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
+    return sum(u.ru_utime + u.ru_stime for u in used) + sum(_cpu_of(pid) for pid in _descendants(os.getpid()))
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that are alive, a JVM and its workers for example."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *_descendants(int(child))]
+    return found
+
+
+def _cpu_of(pid: int) -> float:
+    """CPU seconds of a process and of its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_gb() -> float:

@@ -255,13 +255,18 @@ class Eligibility(Frozen):
 
 
 class Snapshots(Frozen):
-    """How many snapshots each split gets, counted back from `newest` or the newest mature one."""
+    """How many snapshots each split gets, counted back from `newest` or the newest mature one.
+
+    Of the training rows without the outcome only the share `keep_negatives` is learnt from, which is corrected for;
+    validation and test rows are never left out.
+    """
 
     every: Annotated[int, Field(gt=0)] = 7
     train: Positive = 26
     validate_: Positive = Field(4, alias="validate")
     test: Positive = 4
     newest: date | None = None
+    keep_negatives: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     _days = field_validator("every", mode="before")(_parse_days)
 

@@ -80,7 +80,10 @@ def require_equal_tables(expected: pa.Table, found: pa.Table, what: str) -> None
             x, y = (np.nan_to_num(c.to_numpy(zero_copy_only=False)) for c in (a, b))
             np.testing.assert_allclose(y, x, rtol=1e-9, atol=1e-9, err_msg=f"{what}: {name}")
         elif not a.equals(b):
-            assert what.startswith("quarantine_"), (what, name)  # it shows numbers as each engine writes them: 1e-05, 1.0E-5
+            assert what.startswith("quarantine_"), (
+                what,
+                name,
+            )  # it shows numbers as each engine writes them: 1e-05, 1.0E-5
             for x, y in zip(a.to_pylist(), b.to_pylist(), strict=True):
                 assert x == y or float(x) == float(y) or x.lower() == "nan" == y.lower(), (what, name, x, y)
 

@@ -6,10 +6,12 @@ CSV files and databases are read by DuckDB here and handed over as parquet: text
 """
 
 import atexit
+import contextlib
 import hashlib
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import zipfile
@@ -55,6 +57,7 @@ _LOCAL_SETTINGS = {
 }
 _QUIET = "ERROR"
 _ROW = "row_in_file"
+_ANSWER_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ def _session(master: str, memory_gb: float, threads: int | None) -> Any:
         raise ConfigError(
             f"PROPENSITY_ENGINE={master}: Spark is not installed; pip install 'propensity_dagster[spark]'"
         ) from None
+    _require_answer(master)
     builder: Any = SparkSession.builder
     settings = dict(_SETTINGS)
     if master.startswith("sc://"):
@@ -244,6 +248,16 @@ def _session(master: str, memory_gb: float, threads: int | None) -> Any:
     atexit.register(session.stop)
     _send_package(session)
     return session
+
+
+def _require_answer(master: str) -> None:
+    """Somebody listens at the address: Spark itself would try for a minute, and Connect for ten."""
+    places = re.findall(r"([\w.-]+):(\d+)", master)
+    for host, port in places:
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS):
+            return
+    if places:
+        raise ConfigError(f"PROPENSITY_ENGINE={master}: nobody answers there; is Spark running, and the port right?")
 
 
 def _send_package(session: Any) -> None:

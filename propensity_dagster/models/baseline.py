@@ -5,7 +5,7 @@ the cell of the one column that tells most. Numbers are cut at the training rows
 shrunk towards the overall rate by `prior_rows` rows of it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -74,14 +74,14 @@ class CellBaseline:
         rows = np.bincount(cells, minlength=size)
         converted = np.bincount(cells, weights=train.y, minlength=size)
         rate = (converted + self.prior_rows * train.y.mean()) / (rows + self.prior_rows)
-        return CellScorer(columns, edges, clipped_logit(rate))
+        return CellScorer(columns, edges, clipped_logit(rate) + train.correction)
 
     def _best_column(self, train: Dataset) -> int:
         """The column whose cells have the lowest log loss on entities that were not counted."""
         counted, held = train.fold != 0, train.fold == 0
         if counted.all() or held.all():
             counted = held = np.ones(len(train.y), dtype=bool)
-        part = train.rows(counted)
+        part = replace(train.rows(counted), correction=0.0)  # the rows held out are as few
         losses = [
             log_loss(self._rates(part, (column,)).log_odds(train.X[held]), train.y[held])
             for column in range(len(train.contract.features))

@@ -1,13 +1,14 @@
 """Model matrices. Belongs here: the feature contract, and turning Arrow rows into numbers."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import compute
@@ -20,7 +21,22 @@ pc: Any = compute  # its functions are made at import, which no type checker see
 
 NUMBER, CATEGORY = "number", "category"
 MAX_CATEGORIES = 200
+_BATCH_ROWS = 65_536
+_LEAVING_OUT = 17  # beside the seed: the same draws must not also have made the data
 NOT_FEATURES = frozenset({"snapshot", "split", "fold", "converted"})
+
+
+class Columns(Protocol):
+    """Rows that are looked at column by column: a table in memory, or a split of a file."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types."""
+        ...
+
+    def column(self, i: str) -> pa.ChunkedArray:
+        """The column of that name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ class FeatureContract:
         return cls(tuple(FeatureSpec(d["name"], d["kind"], tuple(d["categories"])) for d in data))
 
     @classmethod
-    def fit(cls, table: pa.Table, key: str, protected: Sequence[str] = ()) -> "FeatureContract":
+    def fit(cls, table: Columns, key: str, protected: Sequence[str] = ()) -> "FeatureContract":
         """Every column but the key, the protected, the split and the label; categories are those of these rows, sorted.
 
         Of more than 200 categories the most frequent are kept; the others count as missing.
@@ -101,7 +117,7 @@ class FeatureContract:
             if column.name in (key, *protected) or column.name in NOT_FEATURES:
                 continue
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                counts = pc.value_counts(table[column.name].combine_chunks().drop_null()).to_pylist()
+                counts = pc.value_counts(table.column(column.name).combine_chunks().drop_null()).to_pylist()
                 frequent = sorted(counts, key=lambda c: (-c["counts"], c["values"]))[:MAX_CATEGORIES]
                 specs.append(FeatureSpec(column.name, CATEGORY, tuple(sorted(c["values"] for c in frequent))))
             else:
@@ -113,7 +129,10 @@ class FeatureContract:
 class Dataset:
     """Rows of one split: matrix (n, p), outcome (n,) of 0 and 1, and a fold in 0..4 by hash of the entity.
 
-    `population` says what the training rows looked like (see models/population.py); empty for other rows.
+    `population` says what the training rows looked like (see models/population.py); empty for other rows. Where only a
+    share w of the rows without the outcome is here, `correction` is log w: log-odds that are learnt from them are too
+    high by its negative (King and Zeng 2001, "Logistic Regression in Rare Events Data", prior correction), that is
+    q = p / (p + (1 - p) / w). Estimators add it to what they learn.
     """
 
     X: Floats
@@ -121,13 +140,14 @@ class Dataset:
     fold: Ints
     contract: FeatureContract
     population: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    correction: float = 0.0
 
     def rows(self, chosen: NDArray[np.bool_]) -> "Dataset":
         """The chosen (n,) rows."""
         X = np.empty((int(chosen.sum()), self.X.shape[1]), order="F")
         for column in range(self.X.shape[1]):  # column by column: the matrix is column-major
             X[:, column] = self.X[chosen, column]
-        return Dataset(X, self.y[chosen], self.fold[chosen], self.contract)
+        return Dataset(X, self.y[chosen], self.fold[chosen], self.contract, correction=self.correction)
 
 
 def read_split(file: Path, split: str, fold: int | None = None) -> pa.Table:
@@ -135,6 +155,62 @@ def read_split(file: Path, split: str, fold: int | None = None) -> pa.Table:
     if fold is None:
         return pq.read_table(file, filters=[("split", "=", split)])
     return pq.read_table(file, filters=[("fold", "=" if split == "test" else "!=", fold)])
+
+
+@dataclass(frozen=True)
+class SplitFile:
+    """The rows of one split of a training set, where they are: memory holds a column, or a few batches, of them."""
+
+    file: Path
+    split: str
+    fold: int | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types."""
+        return pq.read_schema(self.file)
+
+    def column(self, i: str) -> pa.ChunkedArray:
+        """The column of that name."""
+        return self._scanner([i]).to_table().column(i)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These columns, batch by batch, in the order of the file."""
+        yield from self._scanner(columns).to_batches()
+
+    def _scanner(self, columns: Sequence[str]) -> Any:
+        of_fold = ds.field("fold") == self.fold if self.split == "test" else ds.field("fold") != self.fold
+        wanted = ds.field("split") == self.split if self.fold is None else of_fold
+        options: Any = {"batch_size": _BATCH_ROWS, "batch_readahead": 2, "fragment_readahead": 1}
+        return ds.dataset(self.file).scanner(columns=list(columns), filter=wanted, **options)
+
+
+def read_dataset(
+    rows: SplitFile, contract: FeatureContract, key: str, keep_negatives: float = 1.0, seed: int = 0
+) -> Dataset:
+    """Encode the rows of a split batch by batch, into the matrix and nothing else.
+
+    Args:
+        rows: where they are.
+        contract: fitted on training rows.
+        key: the entity key column.
+        keep_negatives: share of the rows without the outcome that is read, the same rows for the same seed.
+        seed: of their choice.
+    """
+    y = rows.column("converted").cast(pa.float64()).to_numpy()
+    kept = (y > 0) | (np.random.default_rng([seed, _LEAVING_OUT]).random(len(y)) < keep_negatives)
+    count = int(kept.sum())
+    X, fold = np.empty((count, len(contract.features)), order="F"), np.empty(count, dtype=np.int64)
+    seen = done = 0
+    for batch in rows.batches([key, *contract.names]):
+        chosen = kept[seen : seen + batch.num_rows]
+        seen += batch.num_rows
+        part = batch if chosen.all() else batch.filter(pa.array(chosen))
+        to = slice(done, done + part.num_rows)
+        X[to] = contract.encode(part)
+        fold[to] = entity_folds(pa.chunked_array([part.column(key)]))
+        done += part.num_rows
+    return Dataset(X, y[kept], fold, contract, correction=float(np.log(keep_negatives)))
 
 
 def make_dataset(table: pa.Table, contract: FeatureContract, key: str) -> Dataset:

@@ -1,11 +1,13 @@
 """Logistic regression on scaled numbers and one-hot categories."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, log_expit
 
 from propensity_dagster.models.base import Fit
 from propensity_dagster.models.calibration import Floats
@@ -13,6 +15,8 @@ from propensity_dagster.models.dataset import Dataset
 from propensity_dagster.models.preprocess import OneHot, Scaling
 
 _CHUNK = 65_536
+_HELD_BYTES = 1 << 30
+_SHORTEST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class LogisticRegressionEstimator:
 
     C: float = 0.05
     max_iter: int = 50
+    tol: float = 1e-6
     monotone: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
@@ -71,23 +76,73 @@ class LogisticRegressionEstimator:
 
     def refit(self, train: Dataset, rounds: int) -> LinearScorer:
         """The same: validation rows play no part."""
-        from sklearn.linear_model import LogisticRegression
-
         scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
-        design = _design(train.X, scaling, one_hot)
-        signs = np.zeros(design.shape[1])
+        rows = _Rows(train, scaling, one_hot)
+        signs = np.zeros(rows.width)
         signs[: len(scaling.columns)] = [self.monotone.get(train.contract.names[i], 0) for i in scaling.columns]
-        used = np.ones(design.shape[1], dtype=bool)
+        used = np.ones(rows.width, dtype=bool)
         while True:
-            model = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter, tol=1e-4)
-            model.fit(design if used.all() else design[:, used], train.y)
-            coefficients = np.zeros(design.shape[1])
-            coefficients[used] = np.ravel(model.coef_)
+            coefficients, intercept = self._newton(rows, used)
             wrong = coefficients * signs < 0
             if not wrong.any():
-                return LinearScorer(scaling, one_hot, coefficients, float(np.ravel(model.intercept_)[0]))
+                return LinearScorer(scaling, one_hot, coefficients, intercept + train.correction)
             # Where the constraint binds its optimum is at zero: the column goes, and the others are fitted anew.
             used &= ~wrong
+
+    def _newton(self, rows: "_Rows", used: NDArray[np.bool_]) -> tuple[Floats, float]:
+        """The minimum of |w|^2 / 2 + C (sum of log losses), which is convex, by Newton steps; w is zero where not used.
+
+        Scikit-learn's solvers want the whole preprocessed matrix, twice as wide as the features, in memory.
+        """
+        active = np.append(np.flatnonzero(used), rows.width)
+        w = np.zeros(rows.width + 1)  # the intercept is the last, and free
+        rate = float(np.clip(rows.y.mean(), 1e-9, 1 - 1e-9))
+        w[-1] = np.log(rate / (1 - rate))
+        penalty = np.append(np.ones(rows.width), 0.0)
+        loss, gradient, curvature = rows.sums(w)
+        for _ in range(self.max_iter):
+            slope = (self.C * gradient + penalty * w)[active]
+            bend = (self.C * curvature + np.diag(penalty))[np.ix_(active, active)]
+            step = np.zeros_like(w)
+            step[active] = np.linalg.solve(bend, -slope)
+            value, length = self.C * loss + penalty @ w**2 / 2, 1.0
+            while True:
+                tried = w + length * step
+                loss, gradient, curvature = rows.sums(tried)
+                if self.C * loss + penalty @ tried**2 / 2 <= value * (1 + 1e-12) or length < _SHORTEST:
+                    break
+                length /= 2
+            w = tried
+            if np.abs(step).max() < self.tol:
+                break
+        return w[:-1], float(w[-1])
+
+
+class _Rows:
+    """Preprocessed training rows in pieces: held where they are small, made anew for each pass where not."""
+
+    def __init__(self, train: Dataset, scaling: Scaling, one_hot: OneHot) -> None:
+        self.y = train.y
+        self.width = len(scaling.columns) + len(scaling.indicators) + sum(one_hot.sizes) + len(one_hot.sizes)
+        self._train, self._scaling, self._one_hot = train, scaling, one_hot
+        self._held = list(self._make()) if 8 * self.width * len(self.y) < _HELD_BYTES else None
+
+    def _make(self) -> Iterator[tuple[Floats, Floats]]:
+        for start in range(0, len(self.y), _CHUNK):
+            X = self._train.X[start : start + _CHUNK]
+            ones = np.ones((len(X), 1))
+            yield np.hstack([_design(X, self._scaling, self._one_hot), ones]), self.y[start : start + _CHUNK]
+
+    def sums(self, w: Floats) -> tuple[float, Floats, Floats]:
+        """Log loss, its gradient (k,) and curvature (k, k) at these coefficients (k,), summed over the rows."""
+        loss, gradient, curvature = 0.0, np.zeros(len(w)), np.zeros((len(w), len(w)))
+        for design, y in self._held or self._make():
+            z = design @ w
+            p = expit(z)
+            loss -= float((y * log_expit(z) + (1 - y) * log_expit(-z)).sum())
+            gradient += design.T @ (p - y)
+            curvature += design.T @ (design * (p * (1 - p))[:, None])
+        return loss, gradient, curvature
 
 
 def _design(X: Floats, scaling: Scaling, one_hot: OneHot) -> Floats:

@@ -132,7 +132,7 @@ class NeuralNetworkEstimator:
         scaling, one_hot = Scaling.fit(train.X, train.contract), OneHot.fit(train.contract)
         torch.manual_seed(self.seed)
         network = self._build(torch, scaling, one_hot)
-        numbers = torch.from_numpy(scaling.apply(train.X).astype(np.float32))
+        numbers = torch.from_numpy(_scaled(scaling, train.X))
         codes = torch.from_numpy(one_hot.codes(train.X))
         labels = torch.from_numpy(train.y.astype(np.float32))
         # The output starts at the base rate: the first epochs need not learn it.
@@ -155,7 +155,7 @@ class NeuralNetworkEstimator:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            yield epoch, self._export(network, scaling, one_hot)
+            yield epoch, self._export(network, scaling, one_hot, train.correction)
 
     def _build(self, torch: Any, scaling: Scaling, one_hot: OneHot) -> Any:
         width = len(scaling.columns) + len(scaling.indicators) + self.embedding_width * len(one_hot.columns)
@@ -177,10 +177,19 @@ class NeuralNetworkEstimator:
             hidden = torch.nn.functional.dropout(hidden, self.dropout, training=training)
         return network["layers"][-1](hidden)[:, 0]
 
-    def _export(self, network: Any, scaling: Scaling, one_hot: OneHot) -> NetworkScorer:
+    def _export(self, network: Any, scaling: Scaling, one_hot: OneHot, correction: float) -> NetworkScorer:
         def array(parameter: Any) -> Floats:
             return parameter.detach().numpy().astype(np.float64)
 
         embeddings = tuple(array(table.weight) for table in network["embeddings"])
         layers = tuple((array(layer.weight).T.copy(), array(layer.bias)) for layer in network["layers"])
+        layers[-1][1][:] += correction
         return NetworkScorer(scaling, one_hot, embeddings, layers)
+
+
+def _scaled(scaling: Scaling, X: Floats) -> Any:
+    """What the network reads (n, numbers + indicators), in its precision; made in pieces: ours is twice as large."""
+    out = np.empty((len(X), len(scaling.columns) + len(scaling.indicators)), dtype=np.float32)
+    for start in range(0, len(X), _CHUNK):
+        out[start : start + _CHUNK] = scaling.apply(X[start : start + _CHUNK])
+    return out

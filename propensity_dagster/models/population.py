@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from propensity_dagster.models.dataset import CATEGORY, FeatureContract, Floats
+from propensity_dagster.models.dataset import CATEGORY, Columns, FeatureContract, Floats
 
 Counts = NDArray[np.int64]
 
@@ -22,13 +22,12 @@ _TENTHS = np.arange(1, 10) / 10
 _SAMPLE = 20_000
 
 
-def describe_population(table: pa.Table, contract: FeatureContract, X: Floats) -> dict[str, Any]:
-    """Buckets of every feature, with the training rows in each.
+def describe_population(rows: Columns, contract: FeatureContract) -> dict[str, Any]:
+    """Buckets of every feature, with the training rows in each. Looks at one column at a time.
 
     Args:
-        table: training rows (n).
+        rows: training rows (n), none left out.
         contract: features of the matrix.
-        X: the same rows, encoded (n, p).
 
     Returns:
         Plain data: `rows`; `independent`, the rows of a mean snapshot, for snapshots repeat their customers; and by
@@ -37,15 +36,19 @@ def describe_population(table: pa.Table, contract: FeatureContract, X: Floats) -
         index of a snapshot against all, the index (`trend`) of the last against the first, the largest (`step`)
         from one to the next, the same of the share missing, and the share of the last outside the range of the first.
     """
-    days = np.unique(table["snapshot"].to_numpy()) if "snapshot" in table.column_names else np.empty(0)
+    of_row = rows.column("snapshot").to_numpy() if "snapshot" in rows.schema.names else np.empty(0)
+    days = np.unique(of_row)
     snapshots = max(len(days), 1)
-    parts = [np.flatnonzero(table["snapshot"].to_numpy() == day) for day in days] if snapshots > 1 else []
+    parts = [np.flatnonzero(of_row == day) for day in days] if snapshots > 1 else []
     features: dict[str, Any] = {}
-    for i, spec in enumerate(contract.features):
-        values = X[:, i]
+    count = 0
+    for spec in contract.features:
+        column = rows.column(spec.name)
+        values = FeatureContract((spec,)).encode(pa.table({spec.name: column}))[:, 0]
+        count = len(values)
         if spec.kind == CATEGORY:
             known = np.bincount(values[~np.isnan(values)].astype(np.int64), minlength=len(spec.categories))
-            missing = table[spec.name].null_count
+            missing = column.null_count
             counts = [*known.tolist(), missing, len(values) - missing - int(known.sum())]
             features[spec.name] = {"kind": CATEGORY, "counts": counts}
         else:
@@ -53,7 +56,7 @@ def describe_population(table: pa.Table, contract: FeatureContract, X: Floats) -
         if parts:
             features[spec.name]["moved"] = _moved(features[spec.name], [values[rows] for rows in parts])
     apart = int((days[-1] - days[0]) / np.timedelta64(1, "D")) if snapshots > 1 else 0
-    return {"rows": len(X), "independent": len(X) / snapshots, "days": apart, "features": features}
+    return {"rows": count, "independent": count / snapshots, "days": apart, "features": features}
 
 
 def index_terms(reference: Counts, current: Counts) -> Floats:

@@ -17,7 +17,7 @@ from propensity_dagster.errors import ConfigError
 from propensity_dagster.models.base import Estimator, Fit, FittedModel, RfmColumns
 from propensity_dagster.models.baseline import CellBaseline
 from propensity_dagster.models.calibration import Floats, choose_calibrator
-from propensity_dagster.models.dataset import Dataset, FeatureContract, make_dataset, read_split
+from propensity_dagster.models.dataset import Dataset, FeatureContract, SplitFile, read_dataset
 from propensity_dagster.models.ensemble import EnsembleEstimator, Member
 from propensity_dagster.models.linear import LogisticRegressionEstimator
 from propensity_dagster.models.monotone import violations
@@ -86,6 +86,7 @@ def train_candidate(
         **facts,
         "params": candidate.params,
         "rows": {"train": len(train.y), "validate": len(validate.y) if validate else 0},
+        "negatives_kept": float(np.exp(train.correction)),
         "calibration_rate": float(held.y.mean()),
         "validation_log_loss": losses[calibrator.method],
         "calibration_losses": losses,
@@ -156,15 +157,15 @@ def load_datasets(campaign: Campaign, training_set: Path, fold: int | None) -> t
         fold: the fold of rows to be left out for the test, where every row is tested once.
     """
     key = campaign.key
-    table = read_split(training_set, "train", fold)
+    rows = SplitFile(training_set, "train", fold)
     order = () if isinstance(campaign, EventCampaign) else (POSITION, DECIDED_AT)
-    contract = FeatureContract.fit(table, key, (*campaign.protected, *order))
-    train = make_dataset(table, contract, key)
-    train = replace(train, population=describe_population(table, contract, train.X))
+    contract = FeatureContract.fit(rows, key, (*campaign.protected, *order))
+    population = describe_population(rows, contract)
+    kept = campaign.snapshots.keep_negatives if isinstance(campaign, EventCampaign) else 1.0
+    train = replace(read_dataset(rows, contract, key, kept, campaign.seed), population=population)
     if not isinstance(campaign, EventCampaign):
         return train, None
-    del table
-    return train, make_dataset(read_split(training_set, "validate"), contract, key)
+    return train, read_dataset(SplitFile(training_set, "validate"), contract, key)
 
 
 def rfm_columns(campaign: Campaign) -> RfmColumns | None:

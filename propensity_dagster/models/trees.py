@@ -7,6 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
+
 from propensity_dagster.models.base import Fit, threads
 from propensity_dagster.models.calibration import Floats
 from propensity_dagster.models.dataset import Dataset
@@ -76,7 +78,9 @@ class LightGBMEstimator:
 
         params = self._params(train)
         rows = lightgbm.Dataset(train.X, train.y, categorical_feature=train.contract.categorical, params=params)
-        held = lightgbm.Dataset(validate.X, validate.y, reference=rows, params=params)
+        # Rows are left out of the training alone: scores of the validation rows start corrected.
+        start = np.full(len(validate.y), train.correction) if train.correction else None
+        held = lightgbm.Dataset(validate.X, validate.y, reference=rows, init_score=start, params=params)
         booster = lightgbm.train(
             params,
             rows,
@@ -86,7 +90,7 @@ class LightGBMEstimator:
             callbacks=[lightgbm.early_stopping(self.patience, verbose=False), _log_progress(100)],
         )
         best = lightgbm.Booster(model_str=booster.model_to_string(num_iteration=booster.best_iteration))
-        scorer = TreesScorer(best)
+        scorer = TreesScorer(_corrected(best, train.correction))
         return Fit(scorer, scorer.log_odds(validate.X), best.num_trees())
 
     def refit(self, train: Dataset, rounds: int) -> TreesScorer:
@@ -95,7 +99,7 @@ class LightGBMEstimator:
 
         params = self._params(train)
         rows = lightgbm.Dataset(train.X, train.y, categorical_feature=train.contract.categorical, params=params)
-        return TreesScorer(lightgbm.train(params, rows, num_boost_round=rounds))
+        return TreesScorer(_corrected(lightgbm.train(params, rows, num_boost_round=rounds), train.correction))
 
     def _params(self, train: Dataset) -> dict[str, Any]:
         signs = [self.monotone.get(name, 0) for name in train.contract.names]
@@ -120,6 +124,15 @@ class LightGBMEstimator:
             "num_threads": threads(),
             "verbosity": -1,
         }
+
+
+def _corrected(booster: Any, correction: float) -> Any:
+    """The booster with a constant added to its first tree, and so to every score."""
+    if correction:
+        leaves = booster.dump_model(num_iteration=1)["tree_info"][0]["num_leaves"]
+        for leaf in range(leaves):
+            booster.set_leaf_output(0, leaf, booster.get_leaf_output(0, leaf) + correction)
+    return booster
 
 
 def _log_progress(every: int) -> Any:

@@ -20,7 +20,7 @@ from propensity_dagster.evaluation.evaluate import CHAMPION, ORACLE, Evaluation,
 from propensity_dagster.evaluation.splits import TEST, TRAIN
 from propensity_dagster.features.snapshots import SPLITS, TRAINING_SET
 from propensity_dagster.models.base import FittedModel, clipped_logit
-from propensity_dagster.models.dataset import Dataset, Floats, read_split
+from propensity_dagster.models.dataset import Dataset, Floats, SplitFile, read_split
 from propensity_dagster.models.ensemble import Member
 from propensity_dagster.models.monotone import keeps, violations
 from propensity_dagster.models.prior import prior_shift
@@ -206,7 +206,7 @@ def score_test_rows(campaign: Campaign, home: Home, champion: FittedModel | None
     truth = true_log_odds(campaign, home, table)
     if truth is not None:
         log_odds[ORACLE] = truth
-    train = read_split(file, TRAIN, folds[0])["converted"]
+    train = SplitFile(file, TRAIN, folds[0]).column("converted")
     return TestScores(
         y=table["converted"].cast("float64").to_numpy(),
         entity=keys.indices.to_numpy().astype(np.int64),
