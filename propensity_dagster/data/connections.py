@@ -162,7 +162,7 @@ def reading(what: str) -> Generator[None]:
     """
     try:
         yield
-    except PropensityError:
+    except (PropensityError, duckdb.OutOfMemoryException):
         raise
     except Exception as error:
         reason = redacted(" ".join(str(error).split()))[:400]

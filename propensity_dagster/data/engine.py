@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from propensity_dagster.data.lake import publishing
-from propensity_dagster.errors import SourceError, StorageError
+from propensity_dagster.errors import EngineError, SourceError, StorageError
 
 _SQL_TYPES = {
     "int8": "TINYINT",
@@ -47,12 +47,14 @@ class Engine:
         scratch: a folder that lives as long as the engine.
         databases: connections to sources, closed with the engine.
         files: source files that are read, with size and time.
+        lacking: columns that not every file of the table opened last has, with the first file that lacks it.
     """
 
     backend: Any
     scratch: Path
     databases: dict[str, Any]
     files: dict[Path, tuple[int, int]]
+    lacking: dict[str, Path]
 
     @property
     def local(self) -> "Engine":
@@ -198,8 +200,12 @@ def on_day(query: str, day_index: int) -> str:
 
 @contextmanager
 def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Generator[Engine]:
-    """A DuckDB engine bounded to `memory_gb`; what does not fit is spilled to a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="propensity-spill-") as spill:
+    """A DuckDB engine bounded to `memory_gb`; what does not fit is spilled to a temporary folder.
+
+    Raises:
+        EngineError: for what goes wrong inside the block with memory, with the disk, or with a file of the lake.
+    """
+    with tempfile.TemporaryDirectory(prefix="propensity-spill-") as spill, _engine_errors(memory_gb):
         backend = ibis.duckdb.connect()
         databases: dict[str, Any] = {}
         try:
@@ -208,11 +214,30 @@ def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Generator
             backend.raw_sql(f"SET threads = {threads or os.cpu_count() or 1}")
             backend.raw_sql("SET TimeZone = 'UTC'")
             backend.raw_sql("SET enable_progress_bar = false")
-            yield Engine(backend, Path(spill), databases, {})
+            yield Engine(backend, Path(spill), databases, {}, {})
         finally:
             for database in databases.values():
                 database.disconnect()
             backend.disconnect()
+
+
+@contextmanager
+def _engine_errors(memory_gb: float) -> Generator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise EngineError(
+            f"more memory is needed than PROPENSITY_MEMORY_GB={memory_gb:g} allows, though what can be is spilled to "
+            f"{tempfile.gettempdir()}: {_one_line(error)}"
+        ) from None
+    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        raise EngineError(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ibis
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from propensity_dagster.campaign_sections import Csv
@@ -18,8 +19,10 @@ _SAMPLE_BYTES = 1 << 20
 def read_files(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
     """Parquet or CSV files of one table; the columns of CSV files are text.
 
+    Of parquet files the columns that all have; where their types differ, of the type that holds every value.
+
     Raises:
-        DataContractError: when two of its columns differ only in case.
+        DataContractError: when two of its columns differ only in case, or a file is not parquet.
     """
     engine.note_files(files)
     empty = [file for file in files if file.stat().st_size == 0]
@@ -28,7 +31,31 @@ def read_files(files: list[Path], options: Csv, engine: Engine) -> ibis.Table:
     require_distinct_names(str(files[0]), _header(files[0], options))
     if files[0].suffix == ".csv":
         return read_csv(files, options, engine)
-    return engine.read(files)
+    return _read_parquet(files, engine)
+
+
+def _read_parquet(files: list[Path], engine: Engine) -> ibis.Table:
+    """The engine would take the first file's types, and round what later files hold to fit them, without a word."""
+    types: dict[str, set[str]] = {}
+    present: list[set[str]] = []
+    engine.lacking.clear()
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except pa.ArrowInvalid as error:
+            raise DataContractError(f"{file}: is not a parquet file, or cut short: {error}") from None
+        present.append(set(schema.names))
+        for field in schema:
+            types.setdefault(field.name, set()).add(str(field.type))
+    for name in types:
+        lacking = [file for file, names in zip(files, present, strict=True) if name not in names]
+        if lacking:
+            engine.lacking[name] = lacking[0]
+    common = [name for name in types if all(name in names for names in present)]
+    if all(len(types[name]) == 1 for name in common):
+        return engine.read(files).select(*common)
+    local = engine.local.backend.read_parquet([str(f) for f in files], hive_partitioning=False, union_by_name=True)
+    return local.select(*common)
 
 
 def files_in(path: Path) -> list[Path]:

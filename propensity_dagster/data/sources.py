@@ -239,13 +239,13 @@ def select_declared(
     available = list(source.columns)
     read: list[str] = [name for name in declared if name not in derive]
     for name, expression in expressions.items():
-        _check_columns(campaign, f"{where}.derive.{name}", _columns_of(expression), available, ConfigError)
+        _check_columns(campaign, f"{where}.derive.{name}", _columns_of(expression), available, engine, ConfigError)
         read += _columns_of(expression)
     if condition is not None:
         known = [*available, *derive]
-        _check_columns(campaign, f"{where}.where", _columns_of(condition), known, ConfigError)
+        _check_columns(campaign, f"{where}.where", _columns_of(condition), known, engine, ConfigError)
         read += [name for name in _columns_of(condition) if name not in derive]
-    _check_columns(campaign, where, read, available, DataContractError)
+    _check_columns(campaign, where, read, available, engine, DataContractError)
     computed = [name for e in (*expressions.values(), condition) if e is not None for name in _columns_of(e)]
     selected = source.select(*dict.fromkeys(read))
     if is_remote(source, engine):
@@ -350,9 +350,12 @@ def _check_columns(
     where: str,
     wanted: list[str],
     available: list[str],
+    engine: Engine,
     error: type[ConfigError] | type[DataContractError],
 ) -> None:
     for name in wanted:
+        if name not in available and name in engine.lacking:
+            raise error(f"{campaign.file}: {where}: {engine.lacking[name]} has no column {name!r}, other files have")
         if name not in available:
             close = difflib.get_close_matches(name, available, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""

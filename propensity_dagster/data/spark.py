@@ -203,7 +203,8 @@ def open_spark(master: str, root: Path, memory_gb: float = 4.0, threads: int | N
     try:
         with open_engine(memory_gb, threads) as duckdb:
             backend = ibis.pyspark.connect(session)
-            yield SparkEngine(backend, scratch, duckdb.databases, duckdb.files, session, duckdb, kept)
+            shared = duckdb.databases, duckdb.files, duckdb.lacking
+            yield SparkEngine(backend, scratch, *shared, session, duckdb, kept)
     finally:
         for frame in kept:
             frame.unpersist()
