@@ -62,7 +62,7 @@ def start(command: list[str], log: Path, **more: str) -> subprocess.Popen:
     with log.open("w") as output:
         return subprocess.Popen(
             command,
-            env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", **more},
+            env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", "SPARK_LOCAL_DIRS": str(log.parent / "spark"), **more},
             cwd=ROOT,
             stdout=output,
             stderr=output,
@@ -71,8 +71,16 @@ def start(command: list[str], log: Path, **more: str) -> subprocess.Popen:
 
 
 def stop(process: subprocess.Popen) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Servers remove their temporary files when they are asked to end; who does not end is killed."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -118,7 +126,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_tables(expected, tmp_path,
         assert driver.poll() is None, (tmp_path / "driver.log").read_text()[-3000:]
         executors = executors_of(tmp_path / "work2")
         assert executors
-        stop(processes[2])
+        kill(processes[2])
         for pid in executors:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
