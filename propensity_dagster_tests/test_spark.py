@@ -1,4 +1,4 @@
-"""Spark gives what DuckDB gives: on this machine, through Spark Connect, and on a cluster that loses a worker."""
+"""Spark gives what DuckDB gives, on this machine. Elsewhere: test_spark_cluster.py."""
 
 import shutil
 from datetime import date, datetime

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from propensity_dagster.data.engine import open_engine
-from propensity_dagster.data.lake import Home, publish_table, publish_text, publishing, publishing_folder
+from propensity_dagster.data.lake import (
+    Home,
+    publish_table,
+    publish_text,
+    publishing,
+    publishing_folder,
+    scratch_folder,
+)
 from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError, StorageError
 from propensity_dagster.models.dataset import read_split
 from propensity_dagster.models.saved import load_model
@@ -100,6 +108,76 @@ def test_a_killed_writer_leaves_nothing_visible(tmp_path):
     assert file.read_text() == "better"
 
 
+def test_scratch_of_the_dead_is_removed_and_of_the_living_not(tmp_path):
+    child = os.fork()
+    if child == 0:
+        with scratch_folder("spill", tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    with scratch_folder("spill", tmp_path) as first:
+        assert not left.exists()
+        with scratch_folder("spill", tmp_path) as second:
+            assert {*tmp_path.iterdir()} == {first, second}
+    assert list(tmp_path.iterdir()) == []
+
+
+DYING_SCORES = """
+import os, signal, sys
+from datetime import date, datetime
+from pathlib import Path
+from propensity_dagster.campaign import load_campaign
+from propensity_dagster.data.engine import open_engine
+from propensity_dagster.data.lake import Home
+from propensity_dagster.models.saved import load_model
+from propensity_dagster.scoring import batch
+
+finish, finished = batch._finish, []
+
+def dying(*arguments):
+    if finished:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finished.append(1)
+    return finish(*arguments)
+
+batch._finish, batch.BATCH_ROWS = dying, 500
+file, home, model, day = sys.argv[1:]
+with open_engine() as engine:
+    batch.score_snapshot(
+        load_campaign(Path(file)), date.fromisoformat(day), load_model(Path(model)), "2", datetime(2031, 1, 1),
+        Home(Path(home)), engine,
+    )
+"""
+
+
+def test_a_scoring_run_killed_in_the_middle(materialized, newest_snapshot, tmp_path, monkeypatch):
+    """The scores before it stay whole; the next run gives the same and leaves nothing behind."""
+    scratch, home, campaign = tmp_path / "tmp", Home(tmp_path / "home"), materialized.campaign
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    folder = materialized.home.candidates("small") / "lightgbm"
+    source = materialized.home.lake("small").partition("features", "snapshot", newest_snapshot)
+    target = home.lake("small").partition("features", "snapshot", newest_snapshot)
+    target.parent.mkdir(parents=True)
+    shutil.copy(source, target)
+    stated = campaign, newest_snapshot, load_model(folder), "2", datetime(2030, 1, 1), home
+    with open_engine() as engine:
+        score_snapshot(*stated, engine)
+    file = home.lake("small").partition("scores", "snapshot", newest_snapshot)
+    before = file.read_bytes()
+    arguments = [str(campaign.file), str(home.root), str(folder), str(newest_snapshot)]
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    killed = subprocess.run([sys.executable, "-c", DYING_SCORES, *arguments], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert file.read_bytes() == before
+    assert any(scratch.iterdir())
+    with open_engine() as engine:
+        score_snapshot(*stated, engine)
+    assert file.read_bytes() == before
+    assert not any(scratch.iterdir())
+    assert [f.name for f in file.parent.iterdir()] == ["part.parquet"]
+
+
 def test_a_home_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -167,8 +245,6 @@ def test_scoring_without_champion_or_features(materialized, champion, tmp_path, 
 
 
 def test_tied_scores_share_their_percentile(materialized, newest_snapshot, tmp_path, engine):
-    import shutil
-
     campaign = materialized.campaign
     home = Home(tmp_path)
     source = materialized.home.lake("small").partition("features", "snapshot", newest_snapshot)
@@ -196,8 +272,6 @@ def test_an_empty_snapshot_gives_an_empty_table(materialized, newest_snapshot, c
 
 def test_promotion_history_and_rollback(materialized, tmp_path):
     """Three different models through a real store: promoted, refused, rolled back twice."""
-    import shutil
-
     campaign, home = materialized.campaign, Home(tmp_path)
     shutil.copytree(materialized.home.reports("small"), home.reports("small"))
     shutil.copytree(materialized.home.candidates("small"), home.candidates("small"))
@@ -271,8 +345,6 @@ def test_two_processes_may_open_a_fresh_store_at_once(tmp_path):
 
 
 def test_a_harmed_champion_is_refused(materialized, tmp_path):
-    import shutil
-
     folder = MlflowStore(materialized.home).folder("small", "1")
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

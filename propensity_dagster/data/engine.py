@@ -17,7 +17,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from propensity_dagster.data.lake import publishing
+from propensity_dagster.data.lake import publishing, scratch_folder
 from propensity_dagster.errors import EngineError, SourceError, StorageError
 
 _SQL_TYPES = {
@@ -205,7 +205,7 @@ def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Generator
     Raises:
         EngineError: for what goes wrong inside the block with memory, with the disk, or with a file of the lake.
     """
-    with tempfile.TemporaryDirectory(prefix="propensity-spill-") as spill, _engine_errors(memory_gb):
+    with scratch_folder("spill") as spill, _engine_errors(memory_gb):
         backend = ibis.duckdb.connect()
         databases: dict[str, Any] = {}
         try:
@@ -214,7 +214,7 @@ def open_engine(memory_gb: float = 4.0, threads: int | None = None) -> Generator
             backend.raw_sql(f"SET threads = {threads or os.cpu_count() or 1}")
             backend.raw_sql("SET TimeZone = 'UTC'")
             backend.raw_sql("SET enable_progress_bar = false")
-            yield Engine(backend, Path(spill), databases, {}, {})
+            yield Engine(backend, spill, databases, {}, {})
         finally:
             for database in databases.values():
                 database.disconnect()

@@ -7,6 +7,8 @@ the new one, and a killed writer leaves a hidden temporary file that the next wr
 import fcntl
 import os
 import shutil
+import socket
+import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,6 +193,31 @@ def publishing_folder(folder: Path) -> Generator[Path]:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(what: str, place: Path | None = None) -> Generator[Path]:
+    """A folder for one process, in `place` or where temporary files go; gone afterwards.
+
+    Those of killed processes of this machine go too: they may hold gigabytes.
+
+    Raises:
+        StorageError: when it cannot be made.
+    """
+    place = place or Path(tempfile.gettempdir())
+    mine = f"propensity-{what}-{socket.gethostname()}-"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for leftover in place.glob(f"{mine}*"):
+            if not _is_alive(int(leftover.name.removeprefix(mine).partition("-")[0])):
+                shutil.rmtree(leftover, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=place))
+    except OSError as error:
+        raise StorageError(f"{place}: cannot be written: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def publish_table(table: pa.Table, file: Path) -> None:
     """Write one Arrow table as one parquet file. Equal tables give equal bytes."""
     with publishing(file) as temporary:
@@ -230,6 +257,16 @@ def require_folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise ConfigError(f"{what}: there is no folder {path}")
     return path
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

@@ -27,8 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from propensity_dagster.data.engine import BATCH_ROWS, BatchFunction, Engine, open_engine
-from propensity_dagster.data.lake import ROW_GROUP, publishing
-from propensity_dagster.errors import ConfigError, EngineError, StorageError
+from propensity_dagster.data.lake import ROW_GROUP, publishing, scratch_folder
+from propensity_dagster.errors import ConfigError, EngineError
 
 _SQL_TYPES = {
     "int8": "TINYINT",
@@ -198,17 +198,16 @@ def open_spark(master: str, root: Path, memory_gb: float = 4.0, threads: int | N
         ConfigError: when pyspark, Java or the cluster is not there.
     """
     session = _session(master, memory_gb, threads)
-    scratch = _scratch_folder(root)
     kept: list[Any] = []
     try:
-        with open_engine(memory_gb, threads) as duckdb:
+        # The scratch folder is in the home folder, for executors must reach it.
+        with open_engine(memory_gb, threads) as duckdb, scratch_folder("spark", root / "scratch") as scratch:
             backend = ibis.pyspark.connect(session)
             shared = duckdb.databases, duckdb.files, duckdb.lacking
             yield SparkEngine(backend, scratch, *shared, session, duckdb, kept)
     finally:
         for frame in kept:
             frame.unpersist()
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @lru_cache
@@ -291,16 +290,6 @@ def _spark_errors() -> Generator[None]:
         raise EngineError(
             f"Spark could not finish: {' / '.join(dict.fromkeys([lines[0], *causes[-1:]]))[:600]}"
         ) from None
-
-
-def _scratch_folder(root: Path) -> Path:
-    """In the home folder, for executors must reach it."""
-    place = root / "scratch"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="spark-", dir=place))
-    except OSError as error:
-        raise StorageError(f"{place}: cannot be written: {error.strerror}") from None
 
 
 def _collect(folder: Path) -> pa.RecordBatchReader:

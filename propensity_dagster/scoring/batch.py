@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -24,7 +23,7 @@ from scipy.special import expit
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.contracts import reason_columns, scores_contract
 from propensity_dagster.data.engine import BATCH_ROWS, Engine
-from propensity_dagster.data.lake import Home, publishing
+from propensity_dagster.data.lake import Home, publishing, scratch_folder
 from propensity_dagster.data.quarantine import count_violations
 from propensity_dagster.errors import ConfigError, DataContractError
 from propensity_dagster.explain.population import sample_file
@@ -104,8 +103,8 @@ def score_snapshot(
         logger.info("scores %s: replacing %s earlier ones", snapshot, f"{pq.read_metadata(target).num_rows:,}")
         _keep_replaced(campaign, snapshot, version, home)
     coder = _reason_coder(campaign, features, model)
-    with tempfile.TemporaryDirectory(prefix="propensity-scores-") as scratch:
-        raw, numbers = Path(scratch) / "log_odds.parquet", Path(scratch) / "log_odds.float64"
+    with scratch_folder("scores") as scratch:
+        raw, numbers = scratch / "log_odds.parquet", scratch / "log_odds.float64"
         first = _write_log_odds(campaign, features, model, engine, raw, numbers)
         ordered = np.memmap(numbers, np.float64, "r+") if first.rows else np.empty(0)
         ordered.sort()
