@@ -153,7 +153,7 @@ def make_home(folder: Path, rows: int) -> None:
     alone: dict[str, Any] = {"lightgbm": trees, "neural_network": network, "logistic_regression": linear}
     members = tuple(FittedModel(kind, train.contract, scorer, Calibrator(), {}) for kind, scorer in alone.items())
     scorers = alone | {"ensemble": EnsembleScorer(members, (0.4, 0.3, 0.3))}
-    population = describe_population(table, train.contract, train.X)
+    population = describe_population(table, train.contract)
     for kind, scorer in scorers.items():
         known = {**population, "scores": number_buckets(scorer.log_odds(validate.X))}
         facts = {"population": known, "snapshots": {"train": TRAINED_ON}, "calibration_rate": 0.03}

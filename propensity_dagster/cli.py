@@ -447,6 +447,8 @@ def _launch(campaign: Campaign, *options: str) -> None:
     """Run a campaign in a Dagster process of its own."""
     command = [sys.executable, "-m", "propensity_dagster.components.launch", campaign.name, *options]
     status = subprocess.run(command, env=_environment(campaign), check=False).returncode
+    if status < 0:
+        typer.echo(f"error: {campaign.name}: the run was killed (signal {-status}); run it again", err=True)
     if status:
         raise typer.Exit(status)
 

@@ -10,13 +10,16 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
+import typer
 
+from propensity_dagster import cli
+from propensity_dagster.campaign import load_campaign
 from propensity_dagster.data.lake import Home
 from propensity_dagster.monitoring.alerts import raise_once
 from propensity_dagster.monitoring.findings import Finding
 
 from .conftest import SMALL
-from .served import Webhook, free_port
+from .served import Webhook, free_port, wait_until
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +64,34 @@ def test_the_demo_ends_with_a_summary(demo):
     ):
         assert words in " ".join(shown.stdout.split()), "a long path may break a line"
     assert "Traceback" not in shown.stdout + shown.stderr
+
+
+def test_a_command_line_that_is_killed_takes_its_run_with_it(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL)
+    command = [*PROPENSITY, "demo", str(file)]
+    environment = {**os.environ, "PROPENSITY_HOME": str(tmp_path / "home")}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    lake = tmp_path / "home" / "lake"
+    wait_until(lake.exists, seconds=120)
+    (child,) = map(int, children.read_text().split())
+    process.kill()
+    process.wait()
+    wait_until(lambda: not Path(f"/proc/{child}").exists(), seconds=30)
+
+
+def test_a_run_that_is_killed_is_said(tmp_path, monkeypatch):
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL)
+    with pytest.raises(typer.Exit), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROPENSITY_HOME", str(tmp_path / "home"))
+        patch.setattr(cli.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9))
+        said: list[str] = []
+        patch.setattr(cli.typer, "echo", lambda words, err: said.append(words))
+        cli._launch(load_campaign(file))
+    assert said == ["error: small: the run was killed (signal 9); run it again"]
 
 
 def test_champion_commands(demo):

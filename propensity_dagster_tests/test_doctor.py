@@ -158,7 +158,8 @@ def test_the_words_of_the_design():
     diagnosis = Diagnosis("x")
     judge_counts(diagnosis, "outcome", 90_000, 212, "in 26 training snapshots", 500)
     assert [f.sentence for f in diagnosis.findings] == [
-        "P101 too few converters: 212 in 26 training snapshots, 500 needed. Widen horizon_days or add snapshots."
+        "P101 too few converters: 212 in 26 training snapshots, 500 needed. Widen horizon_days or add snapshots; "
+        "a lower min_converters is yours to decide: intervals will be wide."
     ]
 
 
@@ -328,3 +329,11 @@ def test_an_error_stops_the_training_job(tmp_path):
     failed = next(e for e in run.all_events if e.is_step_failure)
     assert "P302" in failed.step_failure_data.user_failure_data.description
     assert not runtime.home.lake("past").file("training_set").exists()
+
+
+def test_negatives_that_are_left_out_do_not_count():
+    diagnosis = Diagnosis("shop")
+    judge_counts(diagnosis, "outcome.orders", 101_000, 1_000, "in 26 training snapshots", 500, kept=0.001)
+    (found,) = diagnosis.findings
+    assert found.code == "P102"
+    assert "100 in 26 training snapshots did not convert and are kept (0.1%, snapshots.keep_negatives)" in found.message

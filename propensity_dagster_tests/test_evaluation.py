@@ -319,6 +319,10 @@ def test_the_model_card_says_how_protected_groups_fare():
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {name}=small")]
     assert row.split(" | ")[1:3] == ["10", "0"]
     assert "too few" in row
+    assert "drawn by lot" not in text
+    snapshots = campaign.snapshots.model_copy(update={"keep_negatives": 0.2})
+    sampled = card_markdown(model_card(campaign.model_copy(update={"snapshots": snapshots}), record))
+    assert "of its rows without the outcome 20.00%, drawn by lot, which the probabilities are corrected for" in sampled
     assert "nan" not in text.lower().replace("finance", "")
 
 

@@ -8,8 +8,10 @@ recorded in DAGSTER_HOME like any other, so that the UI shows them.
 """
 
 import argparse
+import ctypes
 import logging
 import re
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +43,7 @@ from propensity_dagster.scoring.permission import require_consent
 logger = logging.getLogger("propensity_dagster.launch")
 
 _DAGSTER_PREFIX = re.compile(r"^\S+ - [0-9a-f-]{36} - (\S+ - )?")
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _QUIET: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -230,5 +233,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _end_with_parent() -> None:
+    """Who kills the command line means this process: two runs on one home would confuse everybody. Linux can tell."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     sys.exit(main(sys.argv[1:]))

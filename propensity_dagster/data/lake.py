@@ -50,8 +50,8 @@ class Home:
             probe.unlink()
         except OSError as error:
             raise StorageError(
-                f"{self.root}: the home folder must be writable: {error.strerror}; "
-                "make it so, or set PROPENSITY_HOME to another folder"
+                f"{self.root}: the home folder must be a folder that can be written to: {error.strerror}; "
+                "mend that, or set PROPENSITY_HOME to another folder"
             ) from None
         return self
 

@@ -8,12 +8,12 @@ CSV files and databases are read by DuckDB here and handed over as parquet: text
 import atexit
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import shutil
 import socket
 import sys
-import tempfile
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +29,8 @@ import pyarrow.parquet as pq
 from propensity_dagster.data.engine import BATCH_ROWS, BatchFunction, Engine, open_engine
 from propensity_dagster.data.lake import ROW_GROUP, publishing, scratch_folder
 from propensity_dagster.errors import ConfigError, EngineError
+
+logger = logging.getLogger(__name__)
 
 _SQL_TYPES = {
     "int8": "TINYINT",
@@ -219,6 +221,8 @@ def _session(master: str, memory_gb: float, threads: int | None) -> Any:
             f"PROPENSITY_ENGINE={master}: Spark is not installed; pip install 'propensity_dagster[spark]'"
         ) from None
     _require_answer(master)
+    logging.getLogger("py4j").setLevel(logging.WARNING)  # it says that it closes, in words of an error
+    logger.info("starting Spark: %s", master)
     builder: Any = SparkSession.builder
     settings = dict(_SETTINGS)
     if master.startswith("sc://"):
@@ -226,6 +230,7 @@ def _session(master: str, memory_gb: float, threads: int | None) -> Any:
     elif master.startswith("spark://"):
         builder = builder.master(master)
     else:
+        _require_java(master)
         cores = threads or os.cpu_count() or 1
         builder = builder.master(f"local[{cores}]" if master == "spark" else master)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -238,16 +243,22 @@ def _session(master: str, memory_gb: float, threads: int | None) -> Any:
     try:
         session = builder.appName("propensity").getOrCreate()
     except Exception as error:  # of Py4J, of gRPC, of Spark: they share no base
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"PROPENSITY_ENGINE={master}: Spark does not start: {reason}; on this machine it needs Java 17, and a "
-            "cluster must be reachable"
-        ) from None
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"PROPENSITY_ENGINE={master}: Spark does not start: {reason}; is it Java 17?") from None
     if not master.startswith("sc://"):
         session.sparkContext.setLogLevel(_QUIET)
     atexit.register(session.stop)
     _send_package(session)
     return session
+
+
+def _require_java(master: str) -> None:
+    home = os.environ.get("JAVA_HOME")
+    if not shutil.which("java") and not (home and (Path(home) / "bin" / "java").exists()):
+        raise ConfigError(
+            f"PROPENSITY_ENGINE={master}: Spark needs Java 17 on this machine: there is no java on PATH, and JAVA_HOME "
+            f"{'is ' + repr(home) if home else 'is not set'}"
+        )
 
 
 def _require_answer(master: str) -> None:
@@ -265,8 +276,9 @@ def _send_package(session: Any) -> None:
     package = Path(__file__).parents[1]
     files = sorted(package.rglob("*.py"))
     content = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    folder = Path(tempfile.mkdtemp(prefix="propensity-package-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # executors fetch it whenever one is new
+    opened = contextlib.ExitStack()
+    folder = opened.enter_context(scratch_folder("package"))
+    atexit.register(opened.close)  # executors fetch it whenever one is new
     archive = folder / f"{package.name}-{content}.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for file in files:

@@ -233,7 +233,8 @@ def _judge_outcome(diagnosis: Diagnosis, campaign: EventCampaign, data: _Data, e
     train = [o for o in diagnosis.outcome if o.split == TRAIN]
     rows, converted = sum(o.rows for o in train), sum(o.converted for o in train)
     words = f"in {len(train)} training snapshots"
-    judge_counts(diagnosis, where, rows, converted, words, campaign.min_converters)
+    kept = campaign.snapshots.keep_negatives
+    judge_counts(diagnosis, where, rows, converted, words, campaign.min_converters, kept)
     for split in sorted({o.split for o in diagnosis.outcome} - {TRAIN}):
         chosen = [o for o in diagnosis.outcome if o.split == split]
         if sum(o.converted for o in chosen) in (0, sum(o.rows for o in chosen)):

@@ -138,19 +138,23 @@ class Diagnosis:
         return json.dumps(content, indent=1)
 
 
-def judge_counts(diagnosis: Diagnosis, where: str, rows: int, converted: int, words: str, minimum: int) -> None:
-    """Findings on the number of converters and others to learn from.
+def judge_counts(
+    diagnosis: Diagnosis, where: str, rows: int, converted: int, words: str, minimum: int, kept: float = 1.0
+) -> None:
+    """Findings on the number of converters and others to learn from; of the others only the share `kept` is.
 
     Minimum counts as in Adobe Customer AI and GA4: 500 of both; fewer than twice that is worth a warning.
     """
-    others = rows - converted
+    others = round(kept * (rows - converted))
     fix = "Widen horizon_days or add snapshots" if "snapshot" in words else "Use more rows, or another outcome"
+    fix += "; a lower min_converters is yours to decide: intervals will be wide"
     if rows and converted in (0, rows):
         diagnosis.add("P105", where, f"{converted:,} of {rows:,} rows {words} converted", "Check the outcome")
     elif converted < minimum:
         diagnosis.add("P101", where, f"{converted:,} {words}, {minimum:,} needed", fix)
     elif others < minimum:
-        diagnosis.add("P102", where, f"{others:,} {words} did not convert, {minimum:,} needed", fix)
+        left = f" and are kept ({kept:.1%}, snapshots.keep_negatives)" if kept < 1 else ""
+        diagnosis.add("P102", where, f"{others:,} {words} did not convert{left}, {minimum:,} needed", fix)
     elif min(converted, others) < 2 * minimum:
         few = min(converted, others)
         diagnosis.add("P108", where, f"{few:,} {words}; from {2 * minimum:,} on models are steadier", fix)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -138,8 +139,10 @@ class MlflowStore:
         run_id = self.version(campaign, version).run_id
         from mlflow.artifacts import download_artifacts
 
-        file = Path(download_artifacts(run_id=run_id, artifact_path=f"{_REPORTS}/evaluation.json"))
-        return json.loads(file.read_text(encoding="utf-8"))
+        with tempfile.TemporaryDirectory() as place:
+            name = f"{_REPORTS}/evaluation.json"
+            file = Path(download_artifacts(run_id=run_id, artifact_path=name, dst_path=place))
+            return json.loads(file.read_text(encoding="utf-8"))
 
     def promote(self, campaign: str, version: str, why: str) -> None:
         """Move the alias and record the event."""

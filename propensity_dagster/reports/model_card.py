@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.lake import publish_text
 from propensity_dagster.evaluation.splits import EMBARGO, TEST
 
@@ -41,6 +41,7 @@ def model_card(campaign: Campaign, record: dict[str, Any]) -> dict[str, Any]:
         "trained_on": {
             split: dates for split, dates in record.get("snapshots", {}).items() if split not in (EMBARGO, TEST)
         },
+        "negatives_kept": campaign.snapshots.keep_negatives if isinstance(campaign, EventCampaign) else 1.0,
         "judged_on": {
             "rows": record["rows"],
             "converted": record["converted"],
@@ -72,6 +73,13 @@ def publish_model_card(campaign: Campaign, record: dict[str, Any], folder: Path)
     return folder / "model_card.md"
 
 
+def _left_out(kept: float) -> str:
+    """What to say about training rows that were left out."""
+    if kept == 1:
+        return ""
+    return f"; of its rows without the outcome {kept:.2%}, drawn by lot, which the probabilities are corrected for"
+
+
 def card_markdown(card: dict[str, Any]) -> str:
     """The same for people."""
     judged = card["judged_on"]
@@ -85,7 +93,7 @@ def card_markdown(card: dict[str, Any]) -> str:
         "",
         f"**Population.** {card['population']}",
         "",
-        f"**Trained on.** {trained or 'all rows that do not test'}.",
+        f"**Trained on.** {trained or 'all rows that do not test'}{_left_out(card['negatives_kept'])}.",
         "",
         f"**Judged on.** {judged['rows']:,} rows, {judged['converted']:,} converted ({judged['outcome_rate']:.2%}), "
         f"{_range(judged['snapshots'])}. {card['decision_of_the_gate'].replace('_', ' ')}.",
