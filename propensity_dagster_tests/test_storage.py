@@ -181,7 +181,7 @@ def test_a_scoring_run_killed_in_the_middle(materialized, newest_snapshot, tmp_p
 def test_a_home_that_cannot_be_written(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(StorageError, match="the home folder must be writable"):
+    with pytest.raises(StorageError, match="the home folder must be a folder that can be written to"):
         Home(blocked / "home").ensure()
     if os.geteuid() != 0:  # root may write anywhere
         tmp_path.chmod(0o500)
