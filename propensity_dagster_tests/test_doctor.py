@@ -158,8 +158,7 @@ def test_the_words_of_the_design():
     diagnosis = Diagnosis("x")
     judge_counts(diagnosis, "outcome", 90_000, 212, "in 26 training snapshots", 500)
     assert [f.sentence for f in diagnosis.findings] == [
-        "P101 too few converters: 212 in 26 training snapshots, 500 needed. Widen horizon_days or add snapshots; "
-        "a lower min_converters is yours to decide: intervals will be wide."
+        "P101 too few converters: 212 in 26 training snapshots, 500 needed. Widen horizon_days or add snapshots."
     ]
 
 

@@ -147,7 +147,6 @@ def judge_counts(
     """
     others = round(kept * (rows - converted))
     fix = "Widen horizon_days or add snapshots" if "snapshot" in words else "Use more rows, or another outcome"
-    fix += "; a lower min_converters is yours to decide: intervals will be wide"
     if rows and converted in (0, rows):
         diagnosis.add("P105", where, f"{converted:,} of {rows:,} rows {words} converted", "Check the outcome")
     elif converted < minimum:

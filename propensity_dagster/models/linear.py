@@ -82,18 +82,28 @@ class LogisticRegressionEstimator:
         signs[: len(scaling.columns)] = [self.monotone.get(train.contract.names[i], 0) for i in scaling.columns]
         used = np.ones(rows.width, dtype=bool)
         while True:
-            coefficients, intercept = self._newton(rows, used)
+            solve = self._newton if rows.held is None else self._in_memory
+            coefficients, intercept = solve(rows, used)
             wrong = coefficients * signs < 0
             if not wrong.any():
                 return LinearScorer(scaling, one_hot, coefficients, intercept + train.correction)
             # Where the constraint binds its optimum is at zero: the column goes, and the others are fitted anew.
             used &= ~wrong
 
-    def _newton(self, rows: "_Rows", used: NDArray[np.bool_]) -> tuple[Floats, float]:
-        """The minimum of |w|^2 / 2 + C (sum of log losses), which is convex, by Newton steps; w is zero where not used.
+    def _in_memory(self, rows: "_Rows", used: NDArray[np.bool_]) -> tuple[Floats, float]:
+        """By scikit-learn, which wants the whole preprocessed matrix, twice as wide as the features, and copies it."""
+        from sklearn.linear_model import LogisticRegression
 
-        Scikit-learn's solvers want the whole preprocessed matrix, twice as wide as the features, in memory.
-        """
+        assert rows.held is not None
+        design = rows.held if used.all() else rows.held[:, used]
+        model = LogisticRegression(C=self.C, solver="newton-cholesky", max_iter=self.max_iter, tol=1e-4)
+        model.fit(design, rows.y)
+        coefficients = np.zeros(rows.width)
+        coefficients[used] = np.ravel(model.coef_)
+        return coefficients, float(np.ravel(model.intercept_)[0])
+
+    def _newton(self, rows: "_Rows", used: NDArray[np.bool_]) -> tuple[Floats, float]:
+        """The minimum of |w|^2 / 2 + C (sum of log losses), by Newton steps over pieces; w is zero where not used."""
         active = np.append(np.flatnonzero(used), rows.width)
         w = np.zeros(rows.width + 1)  # the intercept is the last, and free
         rate = float(np.clip(rows.y.mean(), 1e-9, 1 - 1e-9))
@@ -125,7 +135,8 @@ class _Rows:
         self.y = train.y
         self.width = len(scaling.columns) + len(scaling.indicators) + sum(one_hot.sizes) + len(one_hot.sizes)
         self._train, self._scaling, self._one_hot = train, scaling, one_hot
-        self._held = list(self._make()) if 8 * self.width * len(self.y) < _HELD_BYTES else None
+        small = 8 * self.width * len(self.y) < _HELD_BYTES
+        self.held = _design(train.X, scaling, one_hot) if small else None
 
     def _make(self) -> Iterator[tuple[Floats, Floats]]:
         for start in range(0, len(self.y), _CHUNK):
@@ -136,7 +147,7 @@ class _Rows:
     def sums(self, w: Floats) -> tuple[float, Floats, Floats]:
         """Log loss, its gradient (k,) and curvature (k, k) at these coefficients (k,), summed over the rows."""
         loss, gradient, curvature = 0.0, np.zeros(len(w)), np.zeros((len(w), len(w)))
-        for design, y in self._held or self._make():
+        for design, y in self._make():
             z = design @ w
             p = expit(z)
             loss -= float((y * log_expit(z) + (1 - y) * log_expit(-z)).sum())
