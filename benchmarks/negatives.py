@@ -16,13 +16,10 @@ import numpy as np
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.pipeline import days_of
+from benchmarks.pipeline import fill_lake
 from propensity_dagster.campaign import EventCampaign, find_campaign
 from propensity_dagster.campaign_sections import Candidate
-from propensity_dagster.data.ingest import ingest_entities, ingest_stream
 from propensity_dagster.data.lake import Home
-from propensity_dagster.data.validate import validate_entities, validate_stream
-from propensity_dagster.features.activity import build_activity
 from propensity_dagster.features.snapshots import TRAINING_SET, publish_training_set
 from propensity_dagster.models.calibration import fit_calibrator, log_loss
 from propensity_dagster.models.dataset import SplitFile, read_dataset
@@ -96,12 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="propensity-benchmarks-") as folder:
         home = Home(Path(folder)).ensure()
         with Runtime(home).engine() as engine:
-            for name in campaign.source.streams:
-                ingest_stream(campaign, name, *days_of(campaign), home, engine)
-                validate_stream(campaign, name, *days_of(campaign), home, engine)
-            ingest_entities(campaign, home, engine)
-            validate_entities(campaign, home, engine)
-            build_activity(campaign, *days_of(campaign), home, engine)
+            fill_lake(campaign, home, engine)
             publish_training_set(campaign, home, engine)
         rows, rate = measure(campaign, home.lake(campaign.name).existing(TRAINING_SET), stated.keep)
     print("\n" + table_of(rows, rate, f"python -m benchmarks.negatives --campaign {campaign.name}"))

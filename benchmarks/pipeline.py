@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from benchmarks.measure import Figure, contest, in_a_process
 from propensity_dagster.campaign import SHIPPED, EventCampaign, load_campaign
 from propensity_dagster.data.days import days_between
-from propensity_dagster.data.engine import open_engine
+from propensity_dagster.data.engine import Engine, open_engine
 from propensity_dagster.data.ingest import ingest_entities, ingest_stream
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import campaign_calendar, source_folder
@@ -88,12 +88,18 @@ def make_lake(folder: Path, size: int) -> None:
     if (home.lake(campaign.name).partition("activity", "day", calendar.last)).exists():
         return
     with open_engine() as engine:
-        ingest_entities(campaign, home, engine)
-        validate_entities(campaign, home, engine)
-        for name in campaign.source.streams:
-            ingest_stream(campaign, name, calendar.first, calendar.last, home, engine)
-            validate_stream(campaign, name, calendar.first, calendar.last, home, engine)
-        build_activity(campaign, calendar.first, calendar.last, home, engine)
+        fill_lake(campaign, home, engine)
+
+
+def fill_lake(campaign: EventCampaign, home: Home, engine: Engine) -> None:
+    """From the source to the activity of all days."""
+    first, last = days_of(campaign)
+    ingest_entities(campaign, home, engine)
+    validate_entities(campaign, home, engine)
+    for name in campaign.source.streams:
+        ingest_stream(campaign, name, first, last, home, engine)
+        validate_stream(campaign, name, first, last, home, engine)
+    build_activity(campaign, first, last, home, engine)
 
 
 def ingest(folder: Path, size: int) -> Callable[[], object]:

@@ -448,7 +448,7 @@ def _launch(campaign: Campaign, *options: str) -> None:
     command = [sys.executable, "-m", "propensity_dagster.components.launch", campaign.name, *options]
     status = subprocess.run(command, env=_environment(campaign), check=False).returncode
     if status < 0:
-        typer.echo(f"error: {campaign.name}: the run was killed (signal {-status}); run it again", err=True)
+        print(f"error: {campaign.name}: the run was killed (signal {-status}); run it again", file=sys.stderr)
     if status:
         raise typer.Exit(status)
 

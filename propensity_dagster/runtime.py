@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,17 +55,15 @@ class Runtime:
     def engine(self) -> Generator[Engine]:
         """The engine of the deployment, fresh; what it holds is gone afterwards."""
         if self.engine_url == DUCKDB:
-            opened = open_engine(self.memory_gb, self.threads)
+            opened = self.local_engine()
         else:
             opened = open_spark(self.engine_url, self.home.ensure().root, self.memory_gb, self.threads)
         with opened as engine:
             yield engine
 
-    @contextmanager
-    def local_engine(self) -> Generator[Engine]:
+    def local_engine(self) -> AbstractContextManager[Engine]:
         """DuckDB in this process, for what is small or of one machine."""
-        with open_engine(self.memory_gb, self.threads) as engine:
-            yield engine
+        return open_engine(self.memory_gb, self.threads)
 
     @cached_property
     def store(self) -> MlflowStore:

@@ -82,16 +82,14 @@ def test_a_command_line_that_is_killed_takes_its_run_with_it(tmp_path):
     wait_until(lambda: not Path(f"/proc/{child}").exists(), seconds=30)
 
 
-def test_a_run_that_is_killed_is_said(tmp_path, monkeypatch):
+def test_a_run_that_is_killed_is_said(tmp_path, capsys):
     file = tmp_path / "small.yaml"
     file.write_text(SMALL)
     with pytest.raises(typer.Exit), pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROPENSITY_HOME", str(tmp_path / "home"))
         patch.setattr(cli.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9))
-        said: list[str] = []
-        patch.setattr(cli.typer, "echo", lambda words, err: said.append(words))
         cli._launch(load_campaign(file))
-    assert said == ["error: small: the run was killed (signal 9); run it again"]
+    assert capsys.readouterr().err == "error: small: the run was killed (signal 9); run it again\n"
 
 
 def test_champion_commands(demo):

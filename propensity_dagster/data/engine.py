@@ -6,11 +6,11 @@ that outgrow one machine, is another engine with the same methods: see spark.py.
 
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import ibis
 import ibis.expr.types as ir
@@ -55,6 +55,8 @@ class Engine:
     databases: dict[str, Any]
     files: dict[Path, tuple[int, int]]
     lacking: dict[str, Path]
+    types: ClassVar[Mapping[str, str]] = _SQL_TYPES
+    quote: ClassVar[str] = '"'
 
     @property
     def local(self) -> "Engine":
@@ -117,7 +119,7 @@ class Engine:
     def cache(self, expression: ibis.Table) -> ibis.Table:
         """Compute once, keep in the engine (spilling when large) for many queries."""
         name = ibis.util.gen_name("cached")
-        self.backend.raw_sql(f'CREATE TEMP TABLE "{name}" AS {self._typed_sql(expression)}')
+        self.backend.raw_sql(f'CREATE TEMP TABLE "{name}" AS {self.prepare(expression)}')
         return self.backend.table(name)
 
     def by_key(self, table: ibis.Table, key: str, order: str, queries: int) -> ibis.Table:
@@ -133,19 +135,26 @@ class Engine:
 
     def arrow(self, expression: ibis.Table) -> pa.Table:
         """The rows, with exactly the types the expression states."""
-        return self.backend.raw_sql(self._typed_sql(expression)).to_arrow_table()
+        return self.run_query(self.prepare(expression))
 
     def batches(self, expression: ibis.Table) -> pa.RecordBatchReader:
         """The rows as a stream of record batches."""
-        return self.backend.raw_sql(self._typed_sql(expression)).to_arrow_reader(BATCH_ROWS)
+        return self.backend.raw_sql(self.prepare(expression)).to_arrow_reader(BATCH_ROWS)
 
     def publish(self, expression: ibis.Table, file: Path) -> None:
         """Write the rows, in their stated order, as one parquet file."""
         self.publish_query(self.prepare(expression), file)
 
     def prepare(self, expression: ibis.Table) -> str:
-        """Compile once what runs for many days: see `any_day`."""
-        return self._typed_sql(expression)
+        """SQL with every column cast: DuckDB sums integers to HUGEINT, which parquet stores as DOUBLE.
+
+        What runs for many days is compiled once: see `any_day`.
+        """
+        columns: list[str] = []
+        for name, dtype in expression.schema().items():
+            column, kind = f"{self.quote}{name}{self.quote}", str(dtype).lstrip("!")
+            columns.append(f"CAST({column} AS {self.types[kind]}) AS {column}" if kind in self.types else column)
+        return f"SELECT {', '.join(columns)} FROM ({self.backend.compile(expression)})"
 
     def publish_query(self, query: str, file: Path) -> None:
         """Write the rows of a prepared query as one parquet file."""
@@ -172,16 +181,6 @@ class Engine:
         """
         batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=list(columns))
         return pa.RecordBatchReader.from_batches(schema, (b.cast(schema) for b in function(batches)))
-
-    def _typed_sql(self, expression: ibis.Table) -> str:
-        """SQL with every column cast: DuckDB sums integers to HUGEINT, which parquet stores as DOUBLE."""
-        columns = ", ".join(
-            f'CAST("{name}" AS {_SQL_TYPES[str(dtype).lstrip("!")]}) AS "{name}"'
-            if str(dtype).lstrip("!") in _SQL_TYPES
-            else f'"{name}"'
-            for name, dtype in expression.schema().items()
-        )
-        return f"SELECT {columns} FROM ({self.backend.compile(expression)})"
 
 
 def any_day() -> ir.IntegerValue:

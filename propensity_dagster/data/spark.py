@@ -15,12 +15,12 @@ import shutil
 import socket
 import sys
 import zipfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import ibis
 import pyarrow as pa
@@ -75,6 +75,8 @@ class SparkEngine(Engine):
     session: Any
     duckdb: Engine
     kept: list[Any]
+    types: ClassVar[Mapping[str, str]] = _SQL_TYPES
+    quote: ClassVar[str] = "`"
 
     @property
     def local(self) -> Engine:
@@ -104,14 +106,12 @@ class SparkEngine(Engine):
 
     def cache(self, expression: ibis.Table) -> ibis.Table:
         """Compute once, keep in the scratch folder: an executor that dies takes nothing with it."""
-        folder = self._scratch_path()
-        self._write(self._typed_sql(expression), folder)
-        return self.read(folder)
+        return self.read(self._written(self.prepare(expression)))
 
     def by_key(self, table: ibis.Table, key: str, order: str, queries: int) -> ibis.Table:
         """A table cut by `key` and kept by the executors: to group and join by it moves nothing between them."""
         parts = int(self.session.conf.get("spark.sql.shuffle.partitions"))
-        frame = self.session.sql(self._typed_sql(table)).repartition(parts, key).persist()
+        frame = self.session.sql(self.prepare(table)).repartition(parts, key).persist()
         self.kept.append(frame)
         return self._table(ibis.util.gen_name("by_key"), frame)
 
@@ -119,21 +119,15 @@ class SparkEngine(Engine):
         """The rows, with exactly the types the expression states."""
         if expression.get_backend() is self.duckdb.backend:
             return self.duckdb.arrow(expression)
-        return self.run_query(self._typed_sql(expression))
+        return super().arrow(expression)
 
     def batches(self, expression: ibis.Table) -> pa.RecordBatchReader:
         """The rows as a stream of record batches, in their stated order."""
-        folder = self._scratch_path()
-        self._write(self._typed_sql(expression), folder)
-        return _collect(folder)
+        return _collect(self._written(self.prepare(expression)))
 
     def publish_query(self, query: str, file: Path) -> None:
-        """Write the rows of a prepared query as one parquet file; in the scratch folder as a folder of them."""
-        if file.is_relative_to(self.scratch):
-            self._write(query, file)
-            return
-        folder = self._scratch_path()
-        self._write(query, folder)
+        """Write the rows of a prepared query as one parquet file."""
+        folder = self._written(query)
         reader = _collect(folder)
         with publishing(file) as temporary:
             writer = pq.ParquetWriter(temporary, reader.schema, compression="zstd")
@@ -157,22 +151,16 @@ class SparkEngine(Engine):
 
         numbered = pa.schema([pa.field(_ROW, pa.int64()), *schema])
         rows = self._frame([file]).select(functions.col("_metadata.row_index").alias(_ROW), *columns)
-        mapped = rows.mapInArrow(function, from_arrow_schema(numbered)).orderBy(_ROW).drop(_ROW)
+        _send_package(self.session)
+        return _collect(self._written(rows.mapInArrow(function, from_arrow_schema(numbered)).orderBy(_ROW).drop(_ROW)))
+
+    def _written(self, rows: Any) -> Path:
+        """A scratch folder of what the executors wrote: the rows of a query, or of a data frame."""
         folder = self._scratch_path()
         with _spark_errors():
-            mapped.write.parquet(_uri(folder))
-        return _collect(folder)
-
-    def _typed_sql(self, expression: ibis.Table) -> str:
-        columns = ", ".join(
-            f"CAST(`{name}` AS {_SQL_TYPES[kind]}) AS `{name}`" if kind in _SQL_TYPES else f"`{name}`"
-            for name, kind in ((name, str(dtype).lstrip("!")) for name, dtype in expression.schema().items())
-        )
-        return f"SELECT {columns} FROM ({self.backend.compile(expression)})"
-
-    def _write(self, query: str, folder: Path) -> None:
-        with _spark_errors():
-            self.session.sql(query).write.mode("overwrite").parquet(_uri(folder))
+            frame = self.session.sql(rows) if isinstance(rows, str) else rows
+            frame.write.parquet(_uri(folder))
+        return folder
 
     def _frame(self, paths: Sequence[Path]) -> Any:
         with _spark_errors():
@@ -248,7 +236,6 @@ def _session(master: str, memory_gb: float, threads: int | None) -> Any:
     if not master.startswith("sc://"):
         session.sparkContext.setLogLevel(_QUIET)
     atexit.register(session.stop)
-    _send_package(session)
     return session
 
 
@@ -271,8 +258,9 @@ def _require_answer(master: str) -> None:
         raise ConfigError(f"PROPENSITY_ENGINE={master}: nobody answers there; is Spark running, and the port right?")
 
 
+@lru_cache
 def _send_package(session: Any) -> None:
-    """Our own modules to the executors, where functions that they run look for them."""
+    """Our own modules to the executors, once: there functions that they run look for them."""
     package = Path(__file__).parents[1]
     files = sorted(package.rglob("*.py"))
     content = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
@@ -331,9 +319,7 @@ def _groups(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
 
 def _without_zones(schema: pa.Schema) -> pa.Schema:
     """The lake's times are UTC without saying so, and its columns have no other metadata."""
-    return pa.schema(
-        [(f.name, pa.timestamp("us") if pa.types.is_timestamp(f.type) else f.type) for f in schema],
-    )
+    return pa.schema([(f.name, pa.timestamp("us") if pa.types.is_timestamp(f.type) else f.type) for f in schema])
 
 
 def _uri(path: Path) -> str:

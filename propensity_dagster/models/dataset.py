@@ -152,9 +152,8 @@ class Dataset:
 
 def read_split(file: Path, split: str, fold: int | None = None) -> pa.Table:
     """The rows of one split of a training set; with `fold`, as if that fold alone were the test rows."""
-    if fold is None:
-        return pq.read_table(file, filters=[("split", "=", split)])
-    return pq.read_table(file, filters=[("fold", "=" if split == "test" else "!=", fold)])
+    rows = SplitFile(file, split, fold)
+    return rows.scanner(rows.schema.names).to_table()
 
 
 @dataclass(frozen=True)
@@ -172,13 +171,14 @@ class SplitFile:
 
     def column(self, i: str) -> pa.ChunkedArray:
         """The column of that name."""
-        return self._scanner([i]).to_table().column(i)
+        return self.scanner([i]).to_table().column(i)
 
     def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """These columns, batch by batch, in the order of the file."""
-        yield from self._scanner(columns).to_batches()
+        yield from self.scanner(columns).to_batches()
 
-    def _scanner(self, columns: Sequence[str]) -> Any:
+    def scanner(self, columns: Sequence[str]) -> Any:
+        """Reads these columns."""
         of_fold = ds.field("fold") == self.fold if self.split == "test" else ds.field("fold") != self.fold
         wanted = ds.field("split") == self.split if self.fold is None else of_fold
         options: Any = {"batch_size": _BATCH_ROWS, "batch_readahead": 2, "fragment_readahead": 1}

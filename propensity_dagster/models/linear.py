@@ -7,16 +7,16 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, log_expit
+from scipy.special import expit
 
 from propensity_dagster.models.base import Fit
-from propensity_dagster.models.calibration import Floats
+from propensity_dagster.models.calibration import Floats, log_loss
 from propensity_dagster.models.dataset import Dataset
 from propensity_dagster.models.preprocess import OneHot, Scaling
 
 _CHUNK = 65_536
 _HELD_BYTES = 1 << 30
-_SHORTEST = 1e-4
+_SHORTEST, _CONVERGED = 1e-4, 1e-6
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class LogisticRegressionEstimator:
 
     C: float = 0.05
     max_iter: int = 50
-    tol: float = 1e-6
     monotone: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def fit(self, train: Dataset, validate: Dataset) -> Fit:
@@ -110,26 +109,28 @@ class LogisticRegressionEstimator:
         w[-1] = np.log(rate / (1 - rate))
         penalty = np.append(np.ones(rows.width), 0.0)
         loss, gradient, curvature = rows.sums(w)
+        value = self.C * loss
         for _ in range(self.max_iter):
             slope = (self.C * gradient + penalty * w)[active]
             bend = (self.C * curvature + np.diag(penalty))[np.ix_(active, active)]
             step = np.zeros_like(w)
             step[active] = np.linalg.solve(bend, -slope)
-            value, length = self.C * loss + penalty @ w**2 / 2, 1.0
+            before, length = value, 1.0
             while True:
                 tried = w + length * step
                 loss, gradient, curvature = rows.sums(tried)
-                if self.C * loss + penalty @ tried**2 / 2 <= value * (1 + 1e-12) or length < _SHORTEST:
+                value = self.C * loss + penalty @ tried**2 / 2
+                if value <= before * (1 + 1e-12) or length < _SHORTEST:
                     break
                 length /= 2
             w = tried
-            if np.abs(step).max() < self.tol:
+            if np.abs(step).max() < _CONVERGED:
                 break
         return w[:-1], float(w[-1])
 
 
 class _Rows:
-    """Preprocessed training rows in pieces: held where they are small, made anew for each pass where not."""
+    """Preprocessed training rows: `held` in memory where they are small, else made anew for each pass, in pieces."""
 
     def __init__(self, train: Dataset, scaling: Scaling, one_hot: OneHot) -> None:
         self.y = train.y
@@ -150,7 +151,7 @@ class _Rows:
         for design, y in self._make():
             z = design @ w
             p = expit(z)
-            loss -= float((y * log_expit(z) + (1 - y) * log_expit(-z)).sum())
+            loss += len(y) * log_loss(z, y)
             gradient += design.T @ (p - y)
             curvature += design.T @ (design * (p * (1 - p))[:, None])
         return loss, gradient, curvature
