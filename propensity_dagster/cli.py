@@ -15,7 +15,7 @@ from rich.table import Table
 
 from propensity_dagster.campaign import CAMPAIGNS, SHIPPED, Campaign, find_campaign, load_campaigns
 from propensity_dagster.data.days import now_utc
-from propensity_dagster.data.lake import Home
+from propensity_dagster.data.lake import LAKE, Home
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.reports.site import DEFAULT_PORT, URL, serve_reports
 
@@ -153,6 +153,16 @@ def erase(
         )
     else:
         print(f"{found.rows:,} rows in {len(found.places):,} files; nothing was changed. To erase: add --yes")
+
+
+@app.command()
+def move_lake(url: Annotated[str, typer.Argument(help="Where to: s3://BUCKET/PREFIX.")]) -> None:
+    """Move the tables of all campaigns to an object store; what is in the home folder becomes a working copy."""
+    from propensity_dagster.data.objects import move_lake as move
+
+    os.environ.pop(LAKE, None)  # it names where the lake shall be, and it is not there yet
+    home = Home.from_environment().ensure()
+    print(f"{move(home.lakes, url):,} files are in {url}; {home.lakes} is a working copy of it from now on")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from pyarrow import csv
 
 from propensity_dagster.campaign import ROW_NUMBER, Campaign, EventCampaign
 from propensity_dagster.data.lake import Home, publishing, write_parquet
+from propensity_dagster.data.objects import store_of
 from propensity_dagster.data.tombstones import bury, same_key
 from propensity_dagster.errors import ConfigError, StorageError
 from propensity_dagster.serving.online import redis_forget, redis_has
@@ -81,8 +82,8 @@ def find_person(key: str, campaigns: Sequence[Campaign], home: Home, store: Any)
     """
     wanted = same_key(key)
     by_name = {campaign.name: campaign for campaign in campaigns}
-    places = [home.root / "lake", home.root / "exports", home.predictions, home.serving]
-    there = {folder.name for place in places for folder in place.glob("*") if folder.is_dir()}
+    places = [home.root / "exports", home.predictions, home.serving]
+    there = {folder.name for place in places for folder in place.glob("*") if folder.is_dir()} | home.campaigns()
     unknown = sorted(there - set(by_name))
     if unknown:
         raise ConfigError(
@@ -94,8 +95,9 @@ def find_person(key: str, campaigns: Sequence[Campaign], home: Home, store: Any)
     for name in sorted(there):
         campaign = by_name[name]
         columns = _key_columns(campaign)
-        for table in sorted(p for p in home.lake(name).root.glob("*") if p.is_dir()):
-            found.places += _in_parquet(wanted, name, table.name, sorted(table.rglob("*.parquet")), columns)
+        lake = home.lake(name)
+        for table in lake.tables():
+            found.places += _in_parquet(wanted, name, table, lake.files_of(table), columns)
         found.places += _in_exports(wanted, name, home, columns)
         found.places += _in_online(wanted, name, home)
         found.places += _in_log(wanted, name, home)
@@ -142,6 +144,12 @@ def erase_person(
             for file in home.candidates(place.campaign).glob("*.npy"):  # a row each of a table that lost some
                 file.unlink()
         tell(place)
+    objects = store_of(home.lakes)
+    unfinished = objects.sweep() if objects else 0
+    if objects and unfinished:
+        found.outside.append(
+            f"{unfinished} unfinished uploads of the last day in {objects.url}: run this again tomorrow"
+        )
     found.left = find_person(key, campaigns, home, store).rows
     if found.left:
         raise StorageError(

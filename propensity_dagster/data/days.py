@@ -1,6 +1,9 @@
 """Event days: their arithmetic, and publishing a stream of rows as one file a day."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -15,6 +18,7 @@ from pyarrow import compute
 from propensity_dagster.data.lake import UNPLACED, publish_table
 
 EPOCH = date(1970, 1, 1)
+_AT_ONCE = 8
 pc: Any = compute  # its functions are made at import, which no type checker sees
 
 
@@ -65,7 +69,8 @@ def publish_days(
 ) -> tuple[dict[date, int], int]:
     """Write a stream that is sorted by `day`, nulls last, as one file a day, empty days too.
 
-    With `unplaced`, rows without a day go to a file of their own, which is written even when empty.
+    With `unplaced`, rows without a day go to a file of their own, which is written even when empty. A few files are
+    published at once: each waits for the disk, or for the store of the lake.
 
     Returns:
         Rows of each day, and rows without a day.
@@ -75,22 +80,39 @@ def publish_days(
     rows = dict.fromkeys(days, 0)
     lost = 0
     expected = iter(days)
-    for day, table in _split_by_day(batches):
-        if day is None:
-            lost = table.num_rows
-            publish_table(table.drop_columns(dropped), file_of(UNPLACED))
-            continue
+    with _publishing_at_once() as publish:
+        for day, table in _split_by_day(batches):
+            if day is None:
+                lost = table.num_rows
+                publish(table.drop_columns(dropped), file_of(UNPLACED))
+                continue
+            for empty in expected:
+                if empty == day:
+                    break
+                publish(schema.empty_table(), file_of(empty))
+            rows[day] = table.num_rows
+            publish(table.drop_columns(dropped), file_of(day))
         for empty in expected:
-            if empty == day:
-                break
-            publish_table(schema.empty_table(), file_of(empty))
-        rows[day] = table.num_rows
-        publish_table(table.drop_columns(dropped), file_of(day))
-    for empty in expected:
-        publish_table(schema.empty_table(), file_of(empty))
-    if unplaced and not lost:
-        publish_table(schema.empty_table(), file_of(UNPLACED))
+            publish(schema.empty_table(), file_of(empty))
+        if unplaced and not lost:
+            publish(schema.empty_table(), file_of(UNPLACED))
     return rows, lost
+
+
+@contextmanager
+def _publishing_at_once() -> Generator[Callable[[pa.Table, Path], None]]:
+    """`publish_table` that does not wait, until as many as may wait do; at the end all are published."""
+    running: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+
+        def publish(table: pa.Table, file: Path) -> None:
+            if len(running) == _AT_ONCE:
+                running.popleft().result()
+            running.append(pool.submit(publish_table, table, file))
+
+        yield publish
+        for one in running:
+            one.result()
 
 
 def _split_by_day(batches: pa.RecordBatchReader) -> Iterator[tuple[date | None, pa.Table]]:
@@ -121,11 +143,6 @@ def _day_or_none(number: int | None) -> date | None:
 def rows_of_each(files: Sequence[Path]) -> list[int]:
     """Row counts, read from the files' footers."""
     return [pq.read_metadata(file).num_rows for file in files]
-
-
-def stored_rows(files: Sequence[Path]) -> int:
-    """Rows of those files that exist."""
-    return sum(rows_of_each([file for file in files if file.exists()]))
 
 
 def stable_order(table: ibis.Table, but: Sequence[str]) -> list[str]:

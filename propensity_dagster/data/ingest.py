@@ -21,7 +21,7 @@ from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.data import coerce
 from propensity_dagster.data.connections import reading
-from propensity_dagster.data.days import TimeRange, day_index, days_between, publish_days, stable_order, stored_rows
+from propensity_dagster.data.days import TimeRange, day_index, days_between, publish_days, rows_of_each, stable_order
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home, Lake, publish_table, publish_text
 from propensity_dagster.data.sources import campaign_calendar, is_remote, open_table, select_declared
@@ -64,7 +64,7 @@ def ingest_stream(campaign: EventCampaign, name: str, first: date, last: date, h
         placed = table.mutate(day=ibis.ifelse(inside, day, ibis.null().cast("int32")))
         wanted = placed.day.isnull() | ((placed.day >= day_index(first)) & (placed.day <= day_index(last)))
         ordered = placed.filter(wanted).order_by([placed.day.asc(nulls_first=False), *stable_order(placed, ["day"])])
-        before = stored_rows([lake.partition(f"raw_{name}", "day", d) for d in days_between(first, last)])
+        before = sum(rows_of_each(lake.existing_partitions(f"raw_{name}", "day", days_between(first, last))))
         if not _note_source_rows(lake, name, engine, source if is_remote(source, engine) else table):
             raise InsufficientDataError(
                 f"{campaign.file}: {where}: table {stream.table!r} has no rows that pass its filter"
@@ -72,7 +72,7 @@ def ingest_stream(campaign: EventCampaign, name: str, first: date, last: date, h
         rows, unplaced = publish_days(
             engine.batches(ordered),
             days_between(first, last),
-            lambda d: lake.partition(f"raw_{name}", "day", d),
+            lambda d: lake.target(f"raw_{name}", "day", d),
             unplaced=True,
         )
         total = sum(rows.values())
@@ -201,7 +201,7 @@ def declared_entities(campaign: EventCampaign, home: Home, engine: Engine) -> ib
 def _note_source_rows(lake: Lake, name: str, engine: Engine, table: ibis.Table) -> int:
     """Rows without a day belong to no run in particular: their share is judged against the whole log."""
     rows = int(_scalar(engine, table.aggregate(value=table.count())))
-    publish_text(json.dumps({"rows": rows}), lake.root / f"raw_{name}" / "source.json")
+    publish_text(json.dumps({"rows": rows}), lake.document(f"raw_{name}", "source.json"))
     return rows
 
 
@@ -214,7 +214,7 @@ def _scalar(engine: Engine, one: ibis.Table) -> Any:
 
 def source_rows(lake: Lake, name: str) -> int:
     """Rows of the whole log when it was read last."""
-    return json.loads((lake.root / f"raw_{name}" / "source.json").read_text(encoding="utf-8"))["rows"]
+    return json.loads(lake.document(f"raw_{name}", "source.json").read_text(encoding="utf-8"))["rows"]
 
 
 def require_entity_table(campaign: EventCampaign) -> str:

@@ -2,6 +2,7 @@
 
 Every write goes to a temporary name in the same folder, is synced and renamed: readers see the old file or
 the new one, and a killed writer leaves a hidden temporary file that the next writer of that place removes.
+Where the lake is in an object store, its folder is a working copy, which this module keeps up to date: see objects.py.
 """
 
 import fcntl
@@ -19,9 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from propensity_dagster.data.objects import ObjectStore, bind, is_alive, store_above, store_of
 from propensity_dagster.errors import ConfigError, DataContractError, StorageError
 
 ROW_GROUP = 131_072
+LAKE = "PROPENSITY_LAKE"
 UNPLACED = "unplaced"
 """Partition of an event log for rows whose day cannot be read or lies outside the calendar."""
 
@@ -34,8 +37,17 @@ class Home:
 
     @classmethod
     def from_environment(cls) -> "Home":
-        """The folder named by PROPENSITY_HOME, else ./.propensity."""
-        return cls(Path(os.environ.get("PROPENSITY_HOME") or ".propensity").resolve())
+        """The folder named by PROPENSITY_HOME, else ./.propensity; its lake in the store of PROPENSITY_LAKE, if any.
+
+        Raises:
+            ConfigError: when its lake is elsewhere.
+            StorageError: when the store cannot be reached.
+        """
+        home = cls(Path(os.environ.get("PROPENSITY_HOME") or ".propensity").resolve())
+        url = os.environ.get(LAKE)
+        if url:
+            bind(home.ensure().lakes, url)
+        return home
 
     def ensure(self) -> "Home":
         """Create the folder and prove that it can be written.
@@ -57,7 +69,18 @@ class Home:
 
     def lake(self, campaign: str) -> "Lake":
         """The tables of one campaign."""
-        return Lake(self.root / "lake" / campaign)
+        return Lake(self.lakes / campaign, store_of(self.lakes))
+
+    @property
+    def lakes(self) -> Path:
+        """Folder of the tables of all campaigns, or of their working copy."""
+        return self.root / "lake"
+
+    def campaigns(self) -> set[str]:
+        """Names of the campaigns that have tables."""
+        store = store_of(self.lakes)
+        files = store.files(self.lakes) if store else self.lakes.glob("*/*")
+        return {file.relative_to(self.lakes).parts[0] for file in files}
 
     def reports(self, campaign: str) -> Path:
         """Folder of the evaluation, its curves and plots."""
@@ -88,22 +111,48 @@ class Lake:
     """The tables of one campaign: `<table>/day=2025-01-31/part.parquet`, one file per partition.
 
     `column` is the partition's name: "day" for event logs, "snapshot" for snapshots.
+
+    Whatever names a file here brings it up to date first, where `root` is the working copy of a store.
     """
 
     root: Path
+    store: ObjectStore | None = None
 
     def file(self, table: str) -> Path:
         """File of a table without partitions."""
-        return self.root / table / "part.parquet"
+        return self._current(self.root / table / "part.parquet")
 
     def partition(self, table: str, column: str, value: date | str) -> Path:
         """File of one partition."""
+        return self._current(self.target(table, column, value))
+
+    def target(self, table: str, column: str, value: date | str) -> Path:
+        """Where one partition is to be published: what is there now is of no interest."""
         return self.root / table / f"{column}={value}" / "part.parquet"
+
+    def document(self, *place: str) -> Path:
+        """File beside the tables, by its folders and name."""
+        return self._current(self.root.joinpath(*place))
 
     def partitions(self, table: str, column: str) -> list[date]:
         """Dates of the partitions that exist, ascending."""
-        found = (path.parent.name.partition("=") for path in self.root.glob(f"{table}/{column}=*/part.parquet"))
+        found = (path.parent.name.partition("=") for path in self._listed(f"{table}/{column}=*/part.parquet"))
         return sorted(date.fromisoformat(value) for _, _, value in found if value != UNPLACED)
+
+    def glob(self, pattern: str) -> list[Path]:
+        """Files that match a pattern of as many parts as their place below `root`, sorted."""
+        return self._all_current(self._listed(pattern))
+
+    def tables(self) -> list[str]:
+        """Names of the folders of tables that exist, sorted."""
+        files = self.store.files(self.root) if self.store else self.root.glob("*/*")
+        return sorted({file.relative_to(self.root).parts[0] for file in files})
+
+    def files_of(self, table: str) -> list[Path]:
+        """Parquet files of a table, all partitions, sorted."""
+        folder = self.root / table
+        files = self.store.files(folder) if self.store else folder.rglob("*.parquet")
+        return self._all_current(sorted(file for file in files if file.suffix == ".parquet"))
 
     def existing(self, table: str) -> Path:
         """File of a table without partitions.
@@ -121,13 +170,18 @@ class Lake:
         """
         return _existing(self.partition(table, column, value), f"{table} {column}={value}")
 
+    def existing_partitions(self, table: str, column: str, values: Sequence[date | str]) -> list[Path]:
+        """Files of those partitions that exist."""
+        files = self._all_current([self.target(table, column, value) for value in values])
+        return [file for file in files if file.exists()]
+
     def existing_days(self, table: str, days: Sequence[date]) -> list[Path]:
         """Files of these days.
 
         Raises:
             DataContractError: naming the missing days; a gap would silently lower every count.
         """
-        files = [self.partition(table, "day", day) for day in days]
+        files = self._all_current([self.target(table, "day", day) for day in days])
         missing = [day for day, file in zip(days, files, strict=True) if not file.exists()]
         if missing:
             some = ", ".join(map(str, missing[:3])) + (" ..." if len(missing) > 3 else "")
@@ -135,6 +189,21 @@ class Lake:
                 f"{table}: {len(missing)} of {len(days)} days from {days[0]} to {days[-1]} have not been "
                 f"ingested: {some}. Materialize {table} for them first"
             )
+        return files
+
+    def _listed(self, pattern: str) -> list[Path]:
+        if self.store is None:
+            return sorted(self.root.glob(pattern))
+        certain = next((i for i, part in enumerate(Path(pattern).parts) if "*" in part), -1)
+        folder = self.root.joinpath(*Path(pattern).parts[:certain])
+        return [file for file in self.store.files(folder) if file.relative_to(self.root).match(pattern)]
+
+    def _current(self, file: Path) -> Path:
+        return self._all_current([file])[0]
+
+    def _all_current(self, files: list[Path]) -> list[Path]:
+        if self.store is not None:
+            self.store.bring(files)
         return files
 
 
@@ -149,7 +218,7 @@ def publishing(file: Path) -> Generator[Path]:
     """Yield a temporary path; on success sync it and rename it to `file`, else remove it.
 
     Raises:
-        StorageError: when the disk is full or not writable; `file` is then unchanged.
+        StorageError: when the disk is full or not writable, or the store of the lake refuses; `file` is then unchanged.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -158,6 +227,9 @@ def publishing(file: Path) -> Generator[Path]:
             leftover.unlink(missing_ok=True)
         yield temporary
         _sync(temporary)
+        store = store_above(file)
+        if store is not None:
+            store.publish(temporary, file)
         os.replace(temporary, file)
         _sync(file.parent)
     except OSError as error:
@@ -207,7 +279,7 @@ def scratch_folder(what: str, place: Path | None = None) -> Generator[Path]:
     try:
         place.mkdir(parents=True, exist_ok=True)
         for leftover in place.glob(f"{mine}*"):
-            if not _is_alive(int(leftover.name.removeprefix(mine).partition("-")[0])):
+            if not is_alive(int(leftover.name.removeprefix(mine).partition("-")[0])):
                 shutil.rmtree(leftover, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}-", dir=place))
     except OSError as error:
@@ -257,16 +329,6 @@ def require_folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise ConfigError(f"{what}: there is no folder {path}")
     return path
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def _sync(path: Path) -> None:

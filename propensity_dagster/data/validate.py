@@ -98,7 +98,7 @@ def validate_stream(
     bad_by_day, bad_unplaced = publish_days(
         engine.batches(quarantine),
         days,
-        lambda d: lake.partition(f"quarantine_{name}", "day", d),
+        lambda d: lake.target(f"quarantine_{name}", "day", d),
         unplaced=True,
     )
     rows_by_day = dict(zip(days, rows_of_each(files), strict=True))
@@ -110,7 +110,7 @@ def validate_stream(
     good = checked.filter(checked.reason.isnull() & (checked.duplicate == 0))
     good = good.select("day", *contract.columns)
     good = good.order_by(["day", *stable_order(good, ["day"])])
-    good_by_day, _ = publish_days(engine.batches(good), days, lambda d: lake.partition(f"validated_{name}", "day", d))
+    good_by_day, _ = publish_days(engine.batches(good), days, lambda d: lake.target(f"validated_{name}", "day", d))
     report = ValidationReport(
         rows_in=sum(rows_by_day.values()) + pq.read_metadata(unplaced).num_rows,
         good=sum(good_by_day.values()),

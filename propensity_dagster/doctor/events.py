@@ -87,8 +87,7 @@ def _judge_stream(
     if ingested:
         lake = home.lake(campaign.name)
         days = lake.partitions(f"raw_{name}", "day")
-        files = [lake.partition(f"raw_{name}", "day", day) for day in days]
-        raw = engine.read([*files, lake.partition(f"raw_{name}", "day", UNPLACED)])
+        raw = engine.read(lake.existing_partitions(f"raw_{name}", "day", [*days, UNPLACED]))
     else:
         within = TimeRange(stream.time, calendar.first, calendar.newest, calendar)
         _, raw = declared_stream(campaign, name, stream, home, engine, within)

@@ -68,7 +68,7 @@ def require_unchanged(campaign: Campaign, name: str, home: Home) -> None:
         ConfigError: naming what was changed midway.
     """
     experiment = campaign.experiments[name]
-    file = home.lake(campaign.name).root / "experiments" / name / "definition.json"
+    file = home.lake(campaign.name).document("experiments", name, "definition.json")
     stated = json.loads(experiment.model_dump_json(include=set(_FROZEN)))
     stated["variants"] = list(stated["variants"].items())  # their order is part of the assignment
     if experiment.horizon_days is None and isinstance(campaign, EventCampaign):

@@ -54,7 +54,7 @@ def build_activity(campaign: EventCampaign, first: date, last: date, home: Home,
     rows, _ = publish_days(
         engine.batches(activity.order_by(["day", campaign.key, "known_day"])),
         days,
-        lambda d: lake.partition(ACTIVITY, "day", d),
+        lambda d: lake.target(ACTIVITY, "day", d),
         keep_day=True,
     )
     categories = daily_categories(campaign, events)
@@ -62,7 +62,7 @@ def build_activity(campaign: EventCampaign, first: date, last: date, home: Home,
         publish_days(
             engine.batches(categories.order_by(["day", *(c for c in categories.columns if c != "day")])),
             days,
-            lambda d: lake.partition(CATEGORIES, "day", d),
+            lambda d: lake.target(CATEGORIES, "day", d),
             keep_day=True,
         )
     totals = reduce(lambda a, b: a + b, (activity[_count(name)].sum().fill_null(0) for name in campaign.source.streams))

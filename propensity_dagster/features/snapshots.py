@@ -153,7 +153,7 @@ def _publish_features(
     query = engine.prepare(build_features(campaign, inputs, as_of=any_day()))
     rows: dict[date, int] = {}
     for position, snapshot in enumerate(snapshots, start=1):
-        file = lake.partition("features", "snapshot", snapshot)
+        file = lake.target("features", "snapshot", snapshot)
         engine.publish_query(on_day(query, day_index(snapshot)), file)
         rows[snapshot] = pq.read_metadata(file).num_rows
         logger.info("features %s: %s entities (%d of %d)", snapshot, f"{rows[snapshot]:,}", position, len(snapshots))
@@ -171,7 +171,7 @@ def _publish_labels(
     query = engine.prepare(build_labels(campaign, inputs.activity, scored, as_of=any_day()))
     for snapshot in snapshots:
         engine.view(_SCORED, lake.existing_partition("features", "snapshot", snapshot))
-        file = lake.partition("labels", "snapshot", snapshot)
+        file = lake.target("labels", "snapshot", snapshot)
         engine.publish_query(on_day(query, day_index(snapshot)), file)
         labels = pq.read_table(file, columns=["converted"])["converted"]
         rows[snapshot] = len(labels)

@@ -126,7 +126,8 @@ def scored_snapshots(campaign: Campaign, home: Home) -> list[date]:
     """Snapshots for which anybody was scored, oldest first."""
     lake = home.lake(campaign.name)
     days = lake.partitions(SCORES, "snapshot")
-    return [day for day in days if version_of(lake.partition(SCORES, "snapshot", day)) is not None]
+    files = lake.existing_partitions(SCORES, "snapshot", days)
+    return [day for day, file in zip(days, files, strict=True) if version_of(file) is not None]
 
 
 def judged_rows(rows: Sequence[dict[str, Any]], version: str) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,7 +93,7 @@ def read_quality(campaign: Campaign, snapshot: date, home: Home) -> list[dict[st
 
 
 def _judge(campaign: Campaign, lake: Lake, snapshot: date, day: date, table: _Table) -> list[dict[str, Any]]:
-    counts = {d: _counts(lake, table, d) for d in _history(lake, table, day)}
+    counts = _counts(lake, table, _history(lake, table, day))
     if day not in counts:
         raise DataContractError(
             f"{campaign.name}: {table.raw} {table.column}={day} has not been ingested: nothing can be said of it"
@@ -113,14 +112,16 @@ def _history(lake: Lake, table: _Table, day: date) -> list[date]:
     return [d for d in lake.partitions(table.raw, table.column) if first <= d <= day]
 
 
-def _counts(lake: Lake, table: _Table, day: date) -> tuple[int, int, int]:
-    """Rows read, quarantined, and dropped as duplicates."""
-    read, good, bad = (_rows_of(lake.partition(t, table.column, day)) for t in (table.raw, table.good, table.bad))
-    return read, bad, max(read - good - bad, 0)
+def _counts(lake: Lake, table: _Table, days: Sequence[date]) -> dict[date, tuple[int, int, int]]:
+    """Of each day the rows read, quarantined, and dropped as duplicates."""
+    read, good, bad = (_rows_by_day(lake, name, table.column, days) for name in (table.raw, table.good, table.bad))
+    return {d: (read[d], bad[d], max(read[d] - good[d] - bad[d], 0)) for d in days}
 
 
-def _rows_of(file: Path) -> int:
-    return pq.read_metadata(file).num_rows if file.exists() else 0
+def _rows_by_day(lake: Lake, table: str, column: str, days: Sequence[date]) -> dict[date, int]:
+    files = lake.existing_partitions(table, column, days)
+    rows = {date.fromisoformat(file.parent.name.partition("=")[2]): pq.read_metadata(file).num_rows for file in files}
+    return dict.fromkeys(days, 0) | rows
 
 
 def _rows(now: tuple[int, int, int], day: date, before: dict[date, tuple[int, int, int]], floor: int) -> dict[str, Any]:

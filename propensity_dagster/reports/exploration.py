@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import Campaign, EventCampaign, find_campaign
+from propensity_dagster.data.days import rows_of_each
 from propensity_dagster.data.lake import Home
 from propensity_dagster.doctor.columns import auc_alone
 from propensity_dagster.errors import ConfigError
@@ -89,7 +90,7 @@ def plot_events(campaign: Campaign, home: Home) -> Any:
     def draw(axes: Any) -> None:
         for i, name in enumerate(streams):
             days = lake.partitions(f"validated_{name}", "day")
-            counts = [pq.read_metadata(lake.partition(f"validated_{name}", "day", day)).num_rows for day in days]
+            counts = rows_of_each(lake.existing_days(f"validated_{name}", days))
             means = np.convolve(counts, np.ones(7) / 7, "valid")
             colour = _COLOURS[i % len(_COLOURS)]
             axes.plot(

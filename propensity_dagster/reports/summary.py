@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from propensity_dagster.campaign import SHIPPED, Campaign, EventCampaign
-from propensity_dagster.data.days import now_utc
+from propensity_dagster.data.days import now_utc, rows_of_each
 from propensity_dagster.data.decisions import DECISIONS
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home
@@ -85,10 +85,12 @@ def _data(campaign: Campaign, home: Home) -> list[Any]:
 
 def count_rows(campaign: Campaign, home: Home) -> list[dict[str, Any]]:
     """Of each source table: rows read, good ones, those in quarantine, and duplicates."""
-    root = home.lake(campaign.name).root
+    lake = home.lake(campaign.name)
     found: list[dict[str, Any]] = []
     for name in _source_tables(campaign):
-        read, good, bad = [_rows(root / f"{stage}_{name}") for stage in ("raw", "validated", "quarantine")]
+        read, good, bad = [
+            sum(rows_of_each(lake.files_of(f"{stage}_{name}"))) for stage in ("raw", "validated", "quarantine")
+        ]
         counts = {"read": read, "good": good, "quarantined": bad, "duplicates": read - good - bad}
         found.append({"table": name, **counts})
     return found
@@ -272,8 +274,3 @@ def _short(path: Path) -> str:
 
 def _cell(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _rows(folder: Path) -> int:
-    files = folder.glob("**/part.parquet")
-    return sum(pq.read_metadata(file).num_rows for file in files)

@@ -43,13 +43,13 @@ def read_plan(lake: Lake, snapshot: date) -> dict[str, Any]:
 
 def was_exported(lake: Lake, snapshot: date) -> bool:
     """Whether any contact of the snapshot was sent anywhere, or may have been."""
-    return any(lake.root.glob(f"{EXPORTED}/*/snapshot={snapshot}/batch-*.parquet"))
+    return bool(lake.glob(f"{EXPORTED}/*/snapshot={snapshot}/batch-*.parquet"))
 
 
 def exported_contacts(lake: Lake, export: str, snapshot: date) -> dict[str, int]:
     """Contacts of a snapshot that one export has, by their state."""
     found: dict[str, int] = {}
-    for file in sorted(lake.root.glob(f"{EXPORTED}/{export}/snapshot={snapshot}/batch-*.parquet")):
+    for file in lake.glob(f"{EXPORTED}/{export}/snapshot={snapshot}/batch-*.parquet"):
         for state in pq.read_table(file, columns=["state"])["state"].to_pylist():
             found[state] = found.get(state, 0) + 1
     return found
@@ -87,7 +87,7 @@ def _is_delivered(lake: Lake, day: date) -> bool:
 
 def _sent(lake: Lake, day: date) -> Iterator[tuple[str, int, pa.Array]]:
     """Of each batch that was sent: the export, its rows, and the keys of those who did not withdraw."""
-    for file in sorted(lake.root.glob(f"{EXPORTED}/*/snapshot={day}/batch-*.parquet")):
+    for file in lake.glob(f"{EXPORTED}/*/snapshot={day}/batch-*.parquet"):
         batch = _keys_and(file, "state")
         sent = batch.filter(pc.equal(batch["state"], SENT)).column(0).combine_chunks()
         if not pc.any(pc.equal(batch["state"], SENDING)).as_py():

@@ -194,7 +194,7 @@ def delivered_scores(campaign: Campaign, snapshot: date, home: Home) -> dict[str
     """
     version = require_version(campaign, snapshot, home)
     lake = home.lake(campaign.name)
-    replaced = lake.root.glob(f"{REPLACED}/version=*/snapshot={snapshot}/part.parquet")
+    replaced = lake.glob(f"{REPLACED}/version=*/snapshot={snapshot}/part.parquet")
     earlier = {str(version_of(file)): file for file in sorted(replaced, key=lambda f: f.stat().st_mtime_ns)}
     earlier.pop(version, None)
     return {**earlier, version: lake.partition(SCORES, "snapshot", snapshot)}

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -96,7 +96,8 @@ def export_audience(
     folder = lake.root / EXPORTED / export.name / f"snapshot={snapshot}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
-        batches, before = _batches(campaign, export, contacts, folder)
+        earlier = lake.glob(f"{EXPORTED}/{export.name}/snapshot={snapshot}/batch-*.parquet")
+        batches, before = _batches(campaign, export, contacts, folder, earlier)
         sent = withdrawn = 0
         send = _sender(campaign, export, snapshot, home)
         may = permission(campaign, contacts[campaign.key].combine_chunks(), _channels(campaign), home, engine, now)
@@ -147,10 +148,9 @@ def _channels(campaign: Campaign) -> list[str]:
 
 
 def _batches(
-    campaign: Campaign, export: Export, contacts: pa.Table, folder: Path
+    campaign: Campaign, export: Export, contacts: pa.Table, folder: Path, files: Sequence[Path]
 ) -> tuple[list[tuple[Path, pa.Table]], int]:
     """What is to be sent, the interrupted batches first; and how many contacts are done with."""
-    files = sorted(folder.glob("batch-*.parquet"))
     found, before, known = [], 0, []
     for file in files:
         batch = pq.read_table(file)

@@ -1,0 +1,346 @@
+"""A lake whose files are in an object store, reached through fsspec; its folder in the home is a working copy of them.
+
+A file goes to the store under a name of its own, `part.<stamp>-<checksum>.parquet`, and then a manifest which says that
+it is whole: `part.<stamp>-<checksum>.parquet.manifest`. A file is what its newest manifest names. Data are never
+overwritten, so a reader gets one version or the other and never parts of both; a writer that is killed leaves data
+without a manifest, which nobody reads and a later writer removes. The copy of a version carries the version's stamp as
+its time of change: whether it is still the newest is known without reading it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from propensity_dagster.errors import ConfigError, StorageError
+
+MARKER = ".store.json"
+_OBJECT = re.compile(
+    r"(?P<stem>.+)\.(?P<stamp>\d{16})-(?P<checksum>[0-9a-f]{16})(?P<suffix>\.\w+?)(?P<manifest>\.manifest)?"
+)
+_URL = re.compile(r"(?!file:|local:)\w+://.+")
+_AT_ONCE = 16
+_ATTEMPTS = 5
+_ABANDONED = 24 * 3600 * 1_000_000
+"""Microseconds after which data without a manifest are taken for those of a killed writer."""
+
+
+@dataclass(frozen=True)
+class _Version:
+    """One version of a file. `stamp` is when it was published, in microseconds since 1970."""
+
+    stamp: int
+    checksum: str
+    data: str
+    size: int
+
+    def is_in(self, file: Path) -> bool:
+        """Whether the working copy is of this version."""
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            return False
+        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.stamp * 1000)
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """The files of all campaigns in an object store.
+
+    Attributes:
+        url: of the store, for fsspec: `s3://bucket/prefix`.
+        folder: the working copy.
+    """
+
+    url: str
+    folder: Path
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        import fsspec
+
+        if not _URL.fullmatch(self.url):
+            raise ConfigError(
+                f"PROPENSITY_LAKE must be the URL of an object store, like s3://BUCKET/PREFIX, got {self.url!r}; "
+                "a folder is given by PROPENSITY_HOME"
+            )
+        logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # every process would tell where credentials are
+        try:
+            filesystem, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            what = f"PROPENSITY_LAKE={self.url}: the store cannot be opened: {error}"
+            raise ConfigError(f"{what}; for s3:// pip install 'propensity_dagster[s3]'") from None
+        return filesystem, root.rstrip("/")
+
+    def require(self) -> None:
+        """Raise unless the store answers.
+
+        Raises:
+            ConfigError: for a protocol whose package is not installed, or a bucket that is not there.
+            StorageError: when it cannot be reached, or refuses.
+        """
+        filesystem, root = self._opened
+        with _store_errors(self.url):
+            try:
+                filesystem.find(f"{root}/{MARKER}")
+            except FileNotFoundError as error:
+                raise ConfigError(f"PROPENSITY_LAKE={self.url}: {error}; make the bucket first") from None
+
+    def publish(self, temporary: Path, file: Path) -> None:
+        """Make a finished local file the newest version of `file`. The caller renames it to `file` afterwards.
+
+        Raises:
+            StorageError: when the store cannot be reached or refuses; the version before is then the newest.
+        """
+        filesystem, _ = self._opened
+        checksum = _checksum(temporary)
+        with _store_errors(self.url):
+            found = self._objects(file.parent, file.name)
+            # Later than what it replaces, even if that was written by a machine whose clock is ahead.
+            stamp = max([time.time_ns() // 1000, *(version.stamp + 1 for version, _ in found)])
+            size = temporary.stat().st_size
+            name = f"{file.stem}.{stamp:016d}-{checksum[:16]}{file.suffix}"
+            data = f"{self._place(file.parent)}/{name}"
+            # An upload cut into parts leaves them behind when it is killed; the store must be told to drop those.
+            filesystem.put_file(str(temporary), data)
+            manifest = json.dumps({"file": name, "bytes": size, "sha256": checksum}, indent=1)
+            filesystem.pipe_file(f"{data}.manifest", manifest.encode())
+            os.utime(temporary, ns=(stamp * 1000, stamp * 1000))
+            for version, whole in found:
+                if whole or version.stamp < stamp - _ABANDONED:
+                    self._remove(version, whole)
+
+    def bring(self, files: Sequence[Path]) -> None:
+        """Bring the working copies of these files up to date; what is not in the store is not in the copy either.
+
+        Raises:
+            StorageError: when the store cannot be reached, or a file cannot be had whole.
+        """
+        if not files:
+            return
+        with _store_errors(self.url):
+            if len(files) == 1:
+                newest = self._newest(files[0].parent, files[0].name)
+            else:
+                newest = self._newest(Path(os.path.commonpath([file.parent for file in files])))
+            stale = [(f, newest.get(f)) for f in files if not _is_current(f, newest.get(f))]
+            if len(stale) == 1:
+                self._bring(*stale[0])
+            elif stale:
+                with ThreadPoolExecutor(_AT_ONCE) as pool:
+                    list(pool.map(lambda one: self._bring(*one), stale))
+
+    def files(self, folder: Path) -> list[Path]:
+        """Where the working copies of all files below a folder are, or would be; sorted.
+
+        Raises:
+            StorageError: when the store cannot be reached.
+        """
+        with _store_errors(self.url):
+            return sorted(self._newest(folder))
+
+    def sweep(self) -> int:
+        """Remove what killed writers left. Returns how many objects are too young to tell, and stay.
+
+        Raises:
+            StorageError: when the store cannot be reached or refuses.
+        """
+        staying = 0
+        with _store_errors(self.url):
+            for version, whole in self._objects(self.folder):
+                if not whole and version.stamp < time.time_ns() // 1000 - _ABANDONED:
+                    self._remove(version, whole)
+                elif not whole:
+                    staying += 1
+        return staying
+
+    def _bring(self, file: Path, version: _Version | None) -> None:
+        """A writer may publish another version, and remove this one, while it is being copied."""
+        for _ in range(_ATTEMPTS):
+            if version is None:
+                file.unlink(missing_ok=True)
+                return
+            if self._copied(version, file):
+                return
+            version = self._newest(file.parent, file.name).get(file)
+        raise StorageError(f"{self.url}: {file.relative_to(self.folder)} cannot be had whole: {version}")
+
+    def _copied(self, version: _Version, file: Path) -> bool:
+        filesystem, _ = self._opened
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in file.parent.glob(f".{file.name}.*.fetch"):
+            if not is_alive(int(leftover.name.split(".")[-2].partition("-")[0])):
+                leftover.unlink(missing_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.fetch")
+        try:
+            filesystem.get_file(version.data, str(temporary))
+            if temporary.stat().st_size != version.size or not _checksum(temporary).startswith(version.checksum):
+                return False
+            os.utime(temporary, ns=(version.stamp * 1000, version.stamp * 1000))
+            os.replace(temporary, file)
+        except FileNotFoundError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def _newest(self, folder: Path, name: str | None = None) -> dict[Path, _Version]:
+        newest: dict[Path, _Version] = {}
+        for version, whole in self._objects(folder, name):
+            file = self._file(version)
+            if whole and (file not in newest or newest[file].stamp < version.stamp):
+                newest[file] = version
+        return newest
+
+    def _objects(self, folder: Path, name: str | None = None) -> list[tuple[_Version, bool]]:
+        """All versions of the files below a folder, or of one file in it, and whether they have a manifest."""
+        filesystem, _ = self._opened
+        found: dict[str, int] = {}
+        manifests: set[str] = set()
+        for place, info in filesystem.find(self._place(folder), detail=True).items():
+            named = _OBJECT.fullmatch(place.rpartition("/")[2])
+            if named is None or (name is not None and named["stem"] + named["suffix"] != name):
+                continue
+            if named["manifest"]:
+                manifests.add(place.removesuffix(".manifest"))
+            else:
+                found[place] = info["size"]
+        versions: list[tuple[_Version, bool]] = []
+        for place, size in found.items():
+            named = _OBJECT.fullmatch(place.rpartition("/")[2])
+            assert named is not None
+            versions.append((_Version(int(named["stamp"]), named["checksum"], place, size), place in manifests))
+        return versions
+
+    def _remove(self, version: _Version, whole: bool) -> None:
+        """The manifest goes first: nobody shall be sent to data that are gone."""
+        filesystem, _ = self._opened
+        for place in [*([f"{version.data}.manifest"] if whole else []), version.data]:
+            with suppress(FileNotFoundError):  # another writer of the same file was here
+                filesystem.rm_file(place)
+
+    def _place(self, folder: Path) -> str:
+        return "/".join([self._opened[1], *folder.relative_to(self.folder).parts])
+
+    def _file(self, version: _Version) -> Path:
+        folder, _, name = version.data.removeprefix(self._opened[1]).strip("/").rpartition("/")
+        named = _OBJECT.fullmatch(name)
+        assert named is not None
+        return self.folder / folder / (named["stem"] + named["suffix"])
+
+
+def bind(folder: Path, url: str) -> None:
+    """Make a folder the working copy of a store, for good.
+
+    Raises:
+        ConfigError: when it is that of another store already, or a lake of its own: its files would be lost.
+        StorageError: when the store cannot be reached.
+    """
+    url = url.rstrip("/")
+    bound = store_of(folder)
+    if bound is not None and bound.url != url:
+        raise ConfigError(
+            f"PROPENSITY_LAKE={url}: {folder} is the working copy of {bound.url}; set PROPENSITY_HOME to another folder"
+        )
+    if bound is None:
+        if any(folder.glob("*/*")):
+            raise ConfigError(
+                f"PROPENSITY_LAKE={url}: {folder} holds a lake of its own; move it with `propensity move-lake {url}`, "
+                "or set PROPENSITY_HOME to another folder"
+            )
+        ObjectStore(url, folder).require()
+        _mark(folder, url)
+
+
+def move_lake(folder: Path, url: str) -> int:
+    """Publish every file of a local lake to a store, and make the folder its working copy.
+
+    Interrupted, it is run again: the folder is a lake of its own until the last file is there.
+
+    Returns:
+        The number of files.
+
+    Raises:
+        ConfigError: when the folder is bound already, or another lake is at the URL.
+        StorageError: when the store cannot be reached or refuses.
+    """
+    store = ObjectStore(url.rstrip("/"), folder)
+    bound = store_of(folder)
+    if bound is not None:
+        raise ConfigError(f"{folder} is the working copy of {bound.url} already")
+    store.require()
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    strange = [file for file in store.files(folder) if not file.exists()]
+    if strange:
+        raise ConfigError(
+            f"{url} holds another lake, with {strange[0].relative_to(folder)}, which {folder} lacks; name a place of its "
+            "own, or set PROPENSITY_HOME to a new folder to read that one"
+        )
+    for file in files:
+        store.publish(file, file)
+    _mark(folder, store.url)
+    return len(files)
+
+
+def store_of(folder: Path) -> ObjectStore | None:
+    """The store whose working copy a folder is; None for a lake of its own."""
+    try:
+        text = (folder / MARKER).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return ObjectStore(json.loads(text)["url"], folder)
+
+
+def store_above(file: Path) -> ObjectStore | None:
+    """The store whose working copy a file lies in, if it does."""
+    return next((store for folder in file.parents if (store := store_of(folder)) is not None), None)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine is running."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def _mark(folder: Path, url: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{MARKER}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps({"url": url}), encoding="utf-8")
+    os.replace(temporary, folder / MARKER)
+
+
+def _is_current(file: Path, version: _Version | None) -> bool:
+    return not file.exists() if version is None else version.is_in(file)
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+@contextmanager
+def _store_errors(url: str) -> Generator[None]:
+    """What the store's own package says, in one line."""
+    try:
+        yield
+    except (ConfigError, StorageError):
+        raise
+    except Exception as error:  # of the operating system, of aiohttp, of botocore: they share no base
+        raise StorageError(f"{url}: the store does not do what was asked: {' '.join(str(error).split())}") from None
