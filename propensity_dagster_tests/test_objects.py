@@ -308,7 +308,7 @@ def test_a_lake_is_moved_and_not_lost(tmp_path, url, monkeypatch):
     assert pq.read_table(home.lake("shop").partition("scores", "snapshot", DAY)).equals(version(2))
     other = Home(tmp_path / "other").ensure()
     publish_table(version(3), other.lake("shop").file("scores"))
-    with pytest.raises(ConfigError, match="holds another lake, with shop/raw_orders/source.json, which"):
+    with pytest.raises(ConfigError, match=r"holds another lake, with shop/raw_orders/source\.json, which"):
         move_lake(other.lakes, url)
 
 

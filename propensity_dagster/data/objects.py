@@ -285,8 +285,8 @@ def move_lake(folder: Path, url: str) -> int:
     strange = [file for file in store.files(folder) if not file.exists()]
     if strange:
         raise ConfigError(
-            f"{url} holds another lake, with {strange[0].relative_to(folder)}, which {folder} lacks; name a place of its "
-            "own, or set PROPENSITY_HOME to a new folder to read that one"
+            f"{url} holds another lake, with {strange[0].relative_to(folder)}, which {folder} lacks; name a place of "
+            "its own, or set PROPENSITY_HOME to a new folder to read that one"
         )
     for file in files:
         store.publish(file, file)
