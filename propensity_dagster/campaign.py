@@ -359,7 +359,7 @@ def _shape(path: Path, content: dict[Any, Any]) -> "type[Campaign]":
     return _SHAPES[kind]
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(yaml.CSafeLoader):
     """YAML in which a key given twice is an error: the second would silently win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

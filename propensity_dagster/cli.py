@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from propensity_dagster.campaign import CAMPAIGNS, SHIPPED, Campaign, find_campaign, load_campaigns
-from propensity_dagster.data.days import now_utc
 from propensity_dagster.data.lake import LAKE, Home
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.reports.site import DEFAULT_PORT, URL, serve_reports
@@ -85,6 +84,7 @@ def plan(
     budget: BudgetOption = None,
 ) -> None:
     """Show whom of a scored snapshot it pays to contact, and what that is expected to earn. Contacts nobody."""
+    from propensity_dagster.data.days import now_utc
     from propensity_dagster.reports.summary import print_plan
     from propensity_dagster.runtime import Runtime
     from propensity_dagster.scoring.batch import newest_scored

@@ -1,5 +1,6 @@
 """The Dagster code location."""
 
+import gc
 from pathlib import Path
 
 import dagster as dg
@@ -12,6 +13,7 @@ def defs() -> dg.Definitions:
     """Everything below `defs/`."""
     import propensity_dagster.defs
 
+    gc.disable()  # what is made here stays: looking for garbage in it, again and again, is a fifth of the time
     try:
         return dg.load_defs(propensity_dagster.defs, project_root=Path(__file__).parent.parent)
     except Exception as error:
@@ -22,3 +24,6 @@ def defs() -> dg.Definitions:
                 raise type(cause)(str(cause)) from None
             cause = cause.__cause__ or cause.__context__
         raise
+    finally:
+        gc.enable()
+        gc.freeze()

@@ -497,7 +497,7 @@ def test_an_error_of_ours_tells_nothing():
     import asyncio
     import logging
 
-    gateway = Gateway(None)  # pyright: ignore[reportArgumentType]
+    gateway = Gateway()
     gateway._measures = type("Nothing", (), {"request": lambda *_: None})()  # pyright: ignore
 
     async def broken(request):

@@ -8,11 +8,12 @@ recorded in DAGSTER_HOME like any other, so that the UI shows them.
 """
 
 import argparse
-import ctypes
 import logging
+import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -43,7 +44,7 @@ from propensity_dagster.scoring.permission import require_consent
 logger = logging.getLogger("propensity_dagster.launch")
 
 _DAGSTER_PREFIX = re.compile(r"^\S+ - [0-9a-f-]{36} - (\S+ - )?")
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_LOOK_SECONDS, _END_SECONDS = 0.5, 5.0
 _QUIET: dict[str, Any] = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -234,9 +235,17 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _end_with_parent() -> None:
-    """Who kills the command line means this process: two runs on one home would confuse everybody. Linux can tell."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Who kills the command line means this process: two runs on one home would confuse everybody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)  # Dagster notes it
+        time.sleep(_END_SECONDS)
+        os._exit(1)  # what a signal raises may be lost in a library: SQLAlchemy and DuckDB catch everything
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

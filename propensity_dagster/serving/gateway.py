@@ -1,7 +1,8 @@
 """HTTP around the answers, outside BentoML's own middleware: routes, keys, limits, errors, metrics.
 
-BentoML's stack costs several times a prediction (timers, tracing, access log, validation that repeats what was sent),
-so that only the files of its Swagger UI are reached through it: its own page would tell Google who looks at it.
+BentoML's stack costs several times a prediction (timers, tracing, access log, validation that repeats what was sent)
+and a third of a second at the start, so that only the files of its Swagger UI are taken from it: its own page would
+tell Google who looks at it.
 Values of a request are in no log and no error.
 """
 
@@ -17,6 +18,9 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,15 +41,14 @@ logger = logging.getLogger("propensity.serving")
 Scope = Any
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 _JSON = (b"content-type", b"application/json")
-_TYPES = {
-    "_metrics": (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),
-    "_page": (b"content-type", b"text/html; charset=utf-8"),
-}
+_PLAIN = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+_HTML = (b"content-type", b"text/html; charset=utf-8")
+_STYLE = (b"content-type", b"text/css; charset=utf-8")
+_SCRIPT = (b"content-type", b"text/javascript; charset=utf-8")
 _CLOSE = (b"connection", b"close")
 _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _FORWARDED = (b"forwarded", b"x-forwarded-for", b"x-real-ip")
@@ -66,7 +69,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One endpoint: `batch` bodies may be longer, `open` ones need no key, `campaign` ones a release."""
+    """One endpoint: `batch` bodies may be longer, `open` ones need no key, `campaign` ones a release; or a `file`."""
 
     name: str
     method: str
@@ -74,6 +77,8 @@ class Route:
     batch: bool = False
     open: bool = False
     campaign: bool = True
+    content_type: Header = _JSON
+    file: str = ""
 
 
 _CAMPAIGN_ROUTES = {
@@ -85,17 +90,21 @@ _CAMPAIGN_ROUTES = {
 _ROUTES = {
     **{f"/{name}": route for name, route in _CAMPAIGN_ROUTES.items()},
     "/campaigns": Route("campaigns", "GET", "_campaigns", campaign=False),
-    "/metrics": Route("metrics", "GET", "_metrics", campaign=False),
+    "/metrics": Route("metrics", "GET", "_metrics", campaign=False, content_type=_PLAIN),
     "/livez": Route("livez", "GET", "_alive", campaign=False, open=True),
     "/readyz": Route("readyz", "GET", "_ready", campaign=False, open=True),
-    "/": Route("docs", "GET", "_page", campaign=False, open=True),
+    "/": Route("docs", "GET", "_page", campaign=False, open=True, content_type=_HTML),
     "/docs.json": Route("docs", "GET", "_docs", campaign=False, open=True),
+    **{
+        f"/static_content/{name}": Route("docs", "GET", "", False, True, False, content_type, name)
+        for name, content_type in (
+            ("swagger-ui.css", _STYLE),
+            ("swagger-ui-bundle.js", _SCRIPT),
+            ("swagger-ui-standalone-preset.js", _SCRIPT),
+            ("swagger-initializer.js", _SCRIPT),
+        )
+    },
 }
-_STATIC = Route("docs", "GET", "", campaign=False, open=True)
-_STATIC_FILES = frozenset(
-    f"/static_content/{name}"
-    for name in ("swagger-ui.css", "swagger-ui-bundle.js", "swagger-ui-standalone-preset.js", "swagger-initializer.js")
-)
 
 
 @dataclass(slots=True)
@@ -109,10 +118,9 @@ class _InHand:
 
 
 class Gateway:
-    """The ASGI application around BentoML's. One per worker; everything runs on its event loop."""
+    """The ASGI application. One per worker; everything runs on its event loop."""
 
-    def __init__(self, app: App) -> None:
-        self._app = app
+    def __init__(self) -> None:
         self._watcher = Watcher(serving_folder(), os.environ.get("PROPENSITY_DEFAULT_CAMPAIGN"))
         self._state = self._watcher.state
         self._in_hand: dict[int, _InHand] = {}
@@ -126,14 +134,16 @@ class Gateway:
             await send({"type": "websocket.close", "code": 1003})
             return
 
-        async def watched(message: Any) -> None:
-            if message["type"] == "lifespan.startup.complete":
-                self._start()
-            elif message["type"] == "lifespan.shutdown.complete":
-                self._stop()
-            await send(message)
-
-        await self._app(scope, receive, watched)
+        await receive()
+        try:
+            self._start()
+        except Exception as error:  # unless it is told so, uvicorn would serve without
+            await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._stop()
+        await send({"type": "lifespan.shutdown.complete"})
 
     def _start(self) -> None:
         _show_log()
@@ -188,9 +198,6 @@ class Gateway:
         try:
             route, name = _find_route(scope)
             self._admit(scope, headers, route)
-            if route is _STATIC:
-                await self._app(scope, receive, send)
-                return
             in_hand = self._take(number)
             answer = await self._answer(receive, headers, route, name, request_id, in_hand)
         except Problem as problem:
@@ -269,7 +276,7 @@ class Gateway:
             status, body, content_type, extra = answer.status, answer.body(request_id), _JSON, answer.headers
         else:
             assert route is not None
-            status, body, content_type, extra = 200, answer.body, _TYPES.get(route.handler, _JSON), ()
+            status, body, content_type, extra = 200, answer.body, route.content_type, ()
         sent = [
             content_type,
             (b"content-length", b"%d" % len(body)),
@@ -349,6 +356,8 @@ class Gateway:
     async def _answer(
         self, receive: Receive, headers: "_Headers", route: Route, name: str | None, request_id: str, in_hand: _InHand
     ) -> Answered:
+        if route.file:
+            return Answered(_static_file(route.file))
         release = self._release(name) if route.campaign else None
         body = b""
         if route.method == "POST":
@@ -472,12 +481,18 @@ def _find_route(scope: Scope) -> tuple[Route, str | None]:
     route = _ROUTES.get(path)
     if route is not None:
         return route, None
-    if path in _STATIC_FILES:
-        return _STATIC, None
     parts = path.split("/")
     if len(parts) == 4 and parts[1] == "campaigns" and parts[3] in _CAMPAIGN_ROUTES:
         return _CAMPAIGN_ROUTES[parts[3]], parts[2]
     raise Problem(404, "not_found", "there is no such path; GET / lists what there is", headers=(_CLOSE,))
+
+
+@lru_cache
+def _static_file(name: str) -> bytes:
+    package = find_spec("bentoml")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).with_name("_internal").joinpath("server", "static_content", name).read_bytes()
 
 
 def _is_local(scope: Scope, headers: _Headers) -> bool:

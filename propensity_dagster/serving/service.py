@@ -16,7 +16,7 @@ import bentoml  # noqa: E402
 
 
 class _GatewayService(bentoml.Service):  # pyright: ignore[reportMissingTypeArgument, reportUntypedBaseClass]
-    """A service whose application is the gateway, outside of all of BentoML's middleware."""
+    """A service whose application is the gateway, without BentoML's own and its middleware."""
 
     def to_asgi(self, is_main: bool = True) -> Any:
         # Not above: the parent process imports this module too, and never answers.
@@ -24,7 +24,7 @@ class _GatewayService(bentoml.Service):  # pyright: ignore[reportMissingTypeArgu
         from propensity_dagster.serving.protocol import use_quick_protocol
 
         use_quick_protocol()
-        return Gateway(super().to_asgi(is_main))
+        return Gateway()
 
 
 def _workers() -> int:
