@@ -211,7 +211,8 @@ def test_whom_to_contact(tmp_path):
     assert found.profit_of_random == pytest.approx(2 * 0.186 * 10 - 2)
     assert planned(campaign, home, capacity=1).contacted == 1
     assert planned(campaign, home, budget=1.5).contacted == 1
-    assert planned(campaign, home, capacity=10**6).contacted == 2
+    with pytest.raises(PlanError, match="capacity must be at most 5, the number of customers there are, got 6"):
+        planned(campaign, home, capacity=6)
     assert planned(campaign, home, capacity=0).contacted == 0
     with pytest.raises(DataContractError, match="scores snapshot=2024-06-02 has not been materialized"):
         planned(campaign, home, date(2024, 6, 2))

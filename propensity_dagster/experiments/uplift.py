@@ -41,12 +41,13 @@ from propensity_dagster.evaluation.uplift import (
 from propensity_dagster.features.snapshots import TRAINING_SET
 from propensity_dagster.models.dataset import Dataset, FeatureContract, make_dataset
 from propensity_dagster.models.trees import LightGBMEstimator
-from propensity_dagster.models.uplift import LEARNERS, Trial, UpliftModel, fit_uplift, read_uplift, write_uplift
+from propensity_dagster.models.uplift import LEARNERS, MEAN, Trial, UpliftModel, fit_uplift, read_uplift, write_uplift
 
 logger = logging.getLogger(__name__)
 
 UPLIFT, PROPENSITY = "uplift", "propensity"
 _REPLICATES = 500
+_CHOOSING_REPLICATES = 100
 _MIN_CONVERTED = 100  # in each arm of the training rows
 _TENTHS = 10
 
@@ -88,20 +89,20 @@ def publish_uplift(campaign: Campaign, home: Home) -> dict[str, Any]:
     scores = {name: np.full(len(rows.treated), np.nan) for name in (UPLIFT, PROPENSITY, *LEARNERS)}
     chosen: list[str] = []
     trial = Trial(rows.before, rows.treated)
+    all_rows = Outcomes(rows.before.y, rows.treated, rows.entity)
     for train, validate, judged in _folds(campaign, rows):
         choosing, X = trial.part(validate), rows.before.rows(judged).X
         model = fit_uplift(trial.part(train), choosing, campaign.seed)
-        found = {name: _qini(model.effect(name, choosing.rows.X), choosing) for name in LEARNERS}
-        best = max(found, key=lambda name: found[name])
+        effect = {name: model.effect(name, choosing.rows.X) for name in LEARNERS}
+        best = _best(effect, all_rows.rows(validate), campaign.seed)
         models.append(model)
         chosen.append(best)
         for name in LEARNERS:
             scores[name][judged] = model.effect(name, X)
         scores[UPLIFT][judged] = scores[best][judged]
         scores[PROPENSITY][judged] = _response(campaign, rows, train, validate, judged)
-        logger.info("uplift: %s chosen of %s", best, {k: round(v, 5) for k, v in found.items()})
     judged = ~np.isnan(scores[UPLIFT])
-    outcomes = Outcomes(rows.before.y, rows.treated, rows.entity).rows(judged)
+    outcomes = all_rows.rows(judged)
     record = _judge(campaign, {name: values[judged] for name, values in scores.items()}, outcomes)
     record |= {
         "campaign": campaign.name,
@@ -240,9 +241,19 @@ def _folds(campaign: Campaign, rows: _Rows) -> Iterator[tuple[Flags, Flags, Flag
         yield ~test & ~choosing, ~test & choosing, test
 
 
-def _qini(effect: Floats, trial: Trial) -> float:
-    outcomes = Outcomes(trial.rows.y, trial.treated, np.zeros(len(trial.treated), dtype=np.int64))
-    return float(qini(ranked(effect, outcomes, np.ones((1, len(trial.treated)))))[0])
+def _best(effect: dict[str, Floats], rows: Outcomes, seed: int) -> str:
+    """The mean of the learners, unless one has a Qini that is larger by more than the difference's standard error.
+
+    The largest alone would be picked by the noise of a trial, which is many times what the learners differ by (the
+    one-standard-error rule; Breiman et al. 1984).
+    """
+    measures = {name: lambda w, e=values: qini(ranked(e, rows, w)) for name, values in effect.items()}
+    found = replicate(measures, rows.entity, _CHOOSING_REPLICATES, seed)
+    ahead = {name: values - found[MEAN] for name, values in found.items() if name != MEAN}
+    better = {name: d[0] for name, d in ahead.items() if d[0] > d[1:].std(ddof=1)}
+    best = max(better, key=lambda name: better[name], default=MEAN)
+    logger.info("uplift: %s chosen of %s", best, {name: round(float(v[0]), 5) for name, v in found.items()})
+    return best
 
 
 def _response(campaign: Campaign, rows: _Rows, train: Flags, validate: Flags, judged: Flags) -> Floats:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from propensity_dagster.campaign import Campaign
+from propensity_dagster.campaign import Campaign, EventCampaign
 from propensity_dagster.data.days import pc
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
@@ -26,6 +26,7 @@ from propensity_dagster.evaluation.splits import hash_fractions
 from propensity_dagster.evaluation.value import break_even
 from propensity_dagster.experiments.holdout import HOLDOUT, hold_out
 from propensity_dagster.experiments.uplift import PROPENSITY, UPLIFT, effects, error_of_sum, read_decision
+from propensity_dagster.features.build import entity_table
 from propensity_dagster.features.snapshots import snapshot_instant
 from propensity_dagster.scoring.audiences import (
     AUDIENCE,
@@ -131,7 +132,7 @@ def plan_contacts(
 
     Raises:
         DataContractError: when the snapshot has not been scored, or the consents are stale.
-        PlanError: when the limits contradict each other.
+        PlanError: when the limits contradict each other, or `capacity` is more than there are customers.
         ConfigError: when consent is not set, or a limit names a column that the snapshot does not have, or a number.
     """
     scores = _scores(campaign, snapshot, home)
@@ -242,6 +243,8 @@ def _choose(
     channels = channels or [Channel("contact", value.cost_per_contact)]
     columns = list(dict.fromkeys([*campaign.holdout.strata, *(limit.segment for limit in contacts.limits)]))
     segments = _segment_columns(campaign, snapshot, keys, columns, home)
+    if capacity is not None:
+        _require_possible(campaign, capacity, len(keys), home)
     limits, notes = _limits(campaign, segments, capacity, budget)
     if contacts.consent is None and not keep:
         may = Permission(np.ones((len(keys), len(channels)), dtype=bool))
@@ -433,6 +436,18 @@ def _segment_columns(
     at: Any = pc.index_in(keys, table[campaign.key].combine_chunks())
     table = table.take(at)
     return {name: segment_values(campaign, table, name) for name in columns}
+
+
+def _require_possible(campaign: Campaign, capacity: int, scored: int, home: Home) -> None:
+    """More contacts than there are customers, scored or not, is a slip. A campaign file's capacity is only remarked on:
+    it stays what it is while customers come and go.
+    """
+    customers = scored
+    if isinstance(campaign, EventCampaign):
+        known = home.lake(campaign.name).file(entity_table(campaign))
+        customers = max(scored, pq.read_metadata(known).num_rows if known.exists() else 0)
+    if capacity > customers:
+        raise PlanError(f"capacity must be at most {customers:,}, the number of customers there are, got {capacity:,}")
 
 
 def _limits(

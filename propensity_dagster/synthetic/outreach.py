@@ -21,6 +21,9 @@ Given the latent state at t (level, persuasion, annoyance, wave, plan, still the
 of the next 30 days are the day of leaving and independent Poisson and Bernoulli draws, so the probability of
 at least one response has the closed form of `true_probability`. A response changes nothing for later days.
 The state is therefore the same whatever the arm was before, and `true_effect` knows both potential outcomes.
+
+A newsletter comes every week or two, so that what its clicks say of persuasion is nearly all there is to learn of an
+effect: LightGBM that learns from the true effects themselves has 89% of their Qini, by the features of the shipped campaign.
 """
 
 import csv
@@ -254,7 +257,7 @@ def _draw_latents(config: WorldConfig, rng: np.random.Generator) -> Latents:
     annoyance = rng.beta(8 * _KIND_ANNOYANCE[kind], 8 * (1 - _KIND_ANNOYANCE[kind]))
     added = rng.integers(-_DAYS_BEFORE, config.days, n)
     hazard = _SOURCE_HAZARD[source] * np.exp(rng.normal(-0.125, 0.5, n))
-    news_every = rng.choice([7, 14, 28], n, p=[0.35, 0.5, 0.15])
+    news_every = rng.choice([7, 14], n, p=[0.75, 0.25])
     appeal_every = rng.choice([21, 35, 63], n, p=[0.4, 0.45, 0.15])
     # Liking what is sent shows before there is a response: in opens, seconds and clicks.
     liking = level - _TYPICAL_LEVEL
@@ -279,7 +282,7 @@ def _draw_latents(config: WorldConfig, rng: np.random.Generator) -> Latents:
         appeal_every=appeal_every,
         appeal_phase=7 * rng.integers(0, appeal_every // 7) + rng.integers(0, 5, n),
         news_open=_chance(1.6 * liking + rng.normal(0, 0.15, n)),
-        news_click=_chance(-1.0 + 1.0 * liking + 0.7 * openness + rng.normal(0, 0.15, n)),
+        news_click=_chance(-1.0 + 0.7 * liking + 1.3 * openness + rng.normal(0, 0.15, n)),
         appeal_open=_chance(0.3 * liking + 1.4 * openness + rng.normal(0, 0.15, n)),
         appeal_click=_chance(-0.5 + 0.3 * liking + 1.0 * openness + rng.normal(0, 0.15, n)),
         news_care=np.exp(0.8 * liking),
