@@ -327,8 +327,8 @@ def pandas_table(activity: list[Path], categories: list[Path], customers: Path, 
     def days_with(column: str) -> Any:
         return known.loc[known[column] > 0].groupby(key)["day"]
 
-    out = pd.DataFrame({"tenure_months": (t - people["born"]) / 30.4375})
-    out[["age", "country", "channel"]] = people[["age", "country", "channel"]]
+    out: dict[str, Any] = {"tenure_months": (t - people["born"]) / 30.4375}
+    out |= {name: people[name] for name in ("age", "country", "channel")}
     year = known[known["day"] >= t - 365]
     newest: dict[str, Any] = {}
     for stream, measures in (("orders", ["amount"]), ("visits", ["pages", "seconds"])):
@@ -370,7 +370,7 @@ def pandas_table(activity: list[Path], categories: list[Path], customers: Path, 
         for kind in ("open", "click"):
             out[f"emails_{kind}_rate_{name}"] = window[f"emails__type_{kind}"].fillna(0) / sent.where(sent != 0)
     eligible = (people["born"] >= t - 365) | (newest["orders"] >= t - 365) | (newest["visits"] >= t - 365)
-    return out[eligible].reset_index()
+    return pd.DataFrame(out)[eligible].reset_index()
 
 
 def pandas_windows(known: Any, index: Any, t: int) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from pyarrow import compute
 
 from propensity_dagster.data.lake import UNPLACED, publish_table
+from propensity_dagster.data.objects import store_above
 
 EPOCH = date(1970, 1, 1)
-_AT_ONCE = 8
+_AT_ONCE, _AT_ONCE_IN_STORE = 3, 16  # more on a disk cost CPU time and bring nothing
 pc: Any = compute  # its functions are made at import, which no type checker sees
 
 
@@ -80,7 +81,7 @@ def publish_days(
     rows = dict.fromkeys(days, 0)
     lost = 0
     expected = iter(days)
-    with _publishing_at_once() as publish:
+    with _publishing_at_once(file_of(UNPLACED)) as publish:
         for day, table in _split_by_day(batches):
             if day is None:
                 lost = table.num_rows
@@ -100,13 +101,14 @@ def publish_days(
 
 
 @contextmanager
-def _publishing_at_once() -> Generator[Callable[[pa.Table, Path], None]]:
-    """`publish_table` that does not wait, until as many as may wait do; at the end all are published."""
+def _publishing_at_once(place: Path) -> Generator[Callable[[pa.Table, Path], None]]:
+    """`publish_table` that does not wait, until as many as may wait at that place do; at the end all are published."""
     running: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    at_once = _AT_ONCE if store_above(place) is None else _AT_ONCE_IN_STORE
+    with ThreadPoolExecutor(at_once) as pool:
 
         def publish(table: pa.Table, file: Path) -> None:
-            if len(running) == _AT_ONCE:
+            if len(running) == at_once:
                 running.popleft().result()
             running.append(pool.submit(publish_table, table, file))
 
