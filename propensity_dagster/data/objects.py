@@ -102,8 +102,8 @@ class ObjectStore:
         """Make a finished local file the newest version of `file`. The caller renames it to `file` afterwards.
 
         Raises:
-            StorageError: when the store cannot be reached or refuses. The version before is the newest then, unless only
-                its removal was refused.
+            StorageError: when the store cannot be reached or refuses. The version before is the newest then, unless
+                only its removal was refused.
         """
         filesystem, _ = self._opened
         checksum = _checksum(temporary)

@@ -23,7 +23,8 @@ at least one response has the closed form of `true_probability`. A response chan
 The state is therefore the same whatever the arm was before, and `true_effect` knows both potential outcomes.
 
 A newsletter comes every week or two, so that what its clicks say of persuasion is nearly all there is to learn of an
-effect: LightGBM that learns from the true effects themselves has 89% of their Qini, by the features of the shipped campaign.
+effect: LightGBM that learns from the true effects themselves has 89% of their Qini, by the features of the shipped
+campaign.
 """
 
 import csv
