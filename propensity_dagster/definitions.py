@@ -27,3 +27,4 @@ def defs() -> dg.Definitions:
     finally:
         gc.enable()
         gc.freeze()
+        gc.set_threshold(100_000, 20, 50)
