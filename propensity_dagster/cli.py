@@ -157,7 +157,7 @@ def erase(
 
 @app.command()
 def move_lake(url: Annotated[str, typer.Argument(help="Where to: s3://BUCKET/PREFIX.")]) -> None:
-    """Move the tables of all campaigns to an object store; what is in the home folder becomes a working copy."""
+    """Move the tables of all campaigns to an object store, while nothing runs; the home folder keeps a working copy."""
     from propensity_dagster.data.objects import move_lake as move
 
     os.environ.pop(LAKE, None)  # it names where the lake shall be, and it is not there yet

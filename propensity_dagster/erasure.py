@@ -146,6 +146,8 @@ def erase_person(
         tell(place)
     objects = store_of(home.lakes)
     unfinished = objects.sweep() if objects else 0
+    if objects:
+        found.outside.append(f"working copies of {objects.url} in other homes: erase there too, or delete their lake/")
     if objects and unfinished:
         found.outside.append(
             f"{unfinished} unfinished uploads of the last day in {objects.url}: run this again tomorrow"

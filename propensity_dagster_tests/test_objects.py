@@ -221,7 +221,6 @@ def test_readers_beside_writers_that_are_killed_see_whole_versions_in_order(tmp_
     for numbers in seen.values():
         assert numbers == sorted(numbers)
         assert len({n // 1000 for n in numbers}) >= 4
-        assert len(set(numbers)) > 20
     last = pq.read_table(homes["two"].lake("shop").existing_partition("scores", "snapshot", DAY))
     publish_table(version(9000), homes["writer"].lake("shop").target("scores", "snapshot", DAY))
     assert last.num_rows
@@ -277,13 +276,13 @@ def test_a_home_belongs_to_one_store(tmp_path, server, url, monkeypatch):
     with pytest.raises(ConfigError, match=r"is the working copy of s3://.* already"):
         move_lake(home.lakes, f"{url}2")
     other = Home(tmp_path / "other").ensure()
-    for wrong in (str(tmp_path), "file:///somewhere", "bucket/lake"):
-        with pytest.raises(ConfigError, match="must be the URL of an object store, like s3://BUCKET/PREFIX, got"):
+    for wrong in (str(tmp_path), "file:///somewhere", "bucket/lake", "ftp://bucket/lake"):
+        with pytest.raises(ConfigError, match=r"must be the URL of an object store .*, like s3://BUCKET/PREFIX, got"):
             bind(other.lakes, wrong)
     with pytest.raises(ConfigError, match="The specified bucket does not exist; make the bucket first"):
         bind(other.lakes, "s3://nobodys-bucket/lake")
     with pytest.raises(ConfigError, match="the store cannot be opened"):
-        bind(other.lakes, "magic://bucket/lake")
+        bind(other.lakes, "gs://bucket/lake")  # its package is not installed
     assert not other.lakes.exists()
     monkeypatch.setenv("PROPENSITY_HOME", str(other.root))
     monkeypatch.setenv("PROPENSITY_LAKE", url)
@@ -308,8 +307,38 @@ def test_a_lake_is_moved_and_not_lost(tmp_path, url, monkeypatch):
     assert pq.read_table(home.lake("shop").partition("scores", "snapshot", DAY)).equals(version(2))
     other = Home(tmp_path / "other").ensure()
     publish_table(version(3), other.lake("shop").file("scores"))
-    with pytest.raises(ConfigError, match=r"holds another lake, with shop/raw_orders/source\.json, which"):
+    with pytest.raises(
+        ConfigError, match=r"holds another lake, in which shop/raw_orders/source\.json is not what it is in"
+    ):
         move_lake(other.lakes, url)
+    publish_table(version(3), other.lake("shop").document("raw_orders", "source.json"))
+    publish_table(version(3), other.lake("shop").partition("scores", "snapshot", DAY))
+    with pytest.raises(ConfigError, match="holds another lake, in which shop/"):
+        move_lake(other.lakes, url)
+    assert pq.read_table(home.lake("shop").partition("scores", "snapshot", DAY)).equals(version(2))
+    stray = home.lakes / "shop" / "stray" / "part.parquet"  # written by a run that did not know of the move yet
+    stray.parent.mkdir()
+    pq.write_table(version(5), stray)
+    with pytest.raises(StorageError, match=r"stray/part\.parquet is not in s3://.*: it was written before the lake"):
+        home.lake("shop").file("stray")
+    assert move_lake(home.lakes, url) == 1
+    assert pq.read_table(there.file("stray")).equals(version(5))
+
+
+def test_a_replaced_version_whose_removal_was_refused_is_swept(tmp_path, url, monkeypatch):
+    """Else a person who was erased would stay in it."""
+    home = machine(tmp_path / "here", url)
+    lake = home.lake("shop")
+    publish_table(version(1), lake.file("scores"))
+    with monkeypatch.context() as patch:
+        patch.setattr(objects.ObjectStore, "_remove", lambda *_: (_ for _ in ()).throw(PermissionError("no")))
+        with pytest.raises(StorageError, match="the store does not do what was asked: no"):
+            publish_table(version(2), lake.file("scores"))
+    assert len(objects_at(url)) == 4
+    assert pq.read_table(lake.file("scores")).equals(version(2))
+    assert lake.store.sweep() == 0
+    assert len(objects_at(url)) == 2
+    assert pq.read_table(lake.file("scores")).equals(version(2))
 
 
 def test_features_of_event_logs_are_the_same(make_shop, tmp_path, url, engine):

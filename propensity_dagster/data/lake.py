@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from propensity_dagster.data.objects import ObjectStore, bind, is_alive, store_above, store_of
+from propensity_dagster.data.objects import ObjectStore, bind, is_alive, store_above, store_of, sync
 from propensity_dagster.errors import ConfigError, DataContractError, StorageError
 
 ROW_GROUP = 131_072
@@ -218,7 +218,8 @@ def publishing(file: Path) -> Generator[Path]:
     """Yield a temporary path; on success sync it and rename it to `file`, else remove it.
 
     Raises:
-        StorageError: when the disk is full or not writable, or the store of the lake refuses; `file` is then unchanged.
+        StorageError: when the disk is full or not writable; `file` is then unchanged. Or when the store of the lake
+            refuses: see `ObjectStore.publish`.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -226,12 +227,12 @@ def publishing(file: Path) -> Generator[Path]:
         for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a killed writer
             leftover.unlink(missing_ok=True)
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         store = store_above(file)
         if store is not None:
             store.publish(temporary, file)
         os.replace(temporary, file)
-        _sync(file.parent)
+        sync(file.parent)
     except OSError as error:
         raise StorageError(f"{file}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -253,11 +254,11 @@ def publishing_folder(folder: Path) -> Generator[Path]:
         staging.mkdir()
         yield staging
         for path in [*staging.rglob("*"), staging]:
-            _sync(path)
+            sync(path)
         if folder.exists():
             os.replace(folder, retired)
         os.replace(staging, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally:
@@ -329,11 +330,3 @@ def require_folder(path: Path, what: str) -> Path:
     if not path.is_dir():
         raise ConfigError(f"{what}: there is no folder {path}")
     return path
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

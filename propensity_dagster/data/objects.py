@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ MARKER = ".store.json"
 _OBJECT = re.compile(
     r"(?P<stem>.+)\.(?P<stamp>\d{16})-(?P<checksum>[0-9a-f]{16})(?P<suffix>\.\w+?)(?P<manifest>\.manifest)?"
 )
-_URL = re.compile(r"(?!file:|local:)\w+://.+")
+_URL = re.compile(r"(s3|gs|az|abfss?)://.+")
 _AT_ONCE = 16
 _ATTEMPTS = 5
 _ABANDONED = 24 * 3600 * 1_000_000
@@ -73,15 +73,17 @@ class ObjectStore:
 
         if not _URL.fullmatch(self.url):
             raise ConfigError(
-                f"PROPENSITY_LAKE must be the URL of an object store, like s3://BUCKET/PREFIX, got {self.url!r}; "
-                "a folder is given by PROPENSITY_HOME"
+                "PROPENSITY_LAKE must be the URL of an object store (s3, gs, az or abfs), like s3://BUCKET/PREFIX, "
+                f"got {self.url!r}; a folder is given by PROPENSITY_HOME"
             )
         logging.getLogger("aiobotocore").setLevel(logging.WARNING)  # every process would tell where credentials are
         try:
             filesystem, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
             what = f"PROPENSITY_LAKE={self.url}: the store cannot be opened: {error}"
             raise ConfigError(f"{what}; for s3:// pip install 'propensity_dagster[s3]'") from None
+        except Exception as error:  # each store's package has its own
+            raise ConfigError(f"PROPENSITY_LAKE={self.url}: the store cannot be opened: {error}") from None
         return filesystem, root.rstrip("/")
 
     def require(self) -> None:
@@ -124,10 +126,11 @@ class ObjectStore:
                     self._remove(version, whole)
 
     def bring(self, files: Sequence[Path]) -> None:
-        """Bring the working copies of these files up to date; what is not in the store is not in the copy either.
+        """Bring the working copies of these files up to date.
 
         Raises:
-            StorageError: when the store cannot be reached, or a file cannot be had whole.
+            StorageError: when the store cannot be reached, a file cannot be had whole, or one is in the working copy
+                and not in the store: it is nowhere else, so it is neither used nor removed.
         """
         if not files:
             return
@@ -153,43 +156,78 @@ class ObjectStore:
             return sorted(self._newest(folder))
 
     def sweep(self) -> int:
-        """Remove what killed writers left. Returns how many objects are too young to tell, and stay.
+        """Remove what killed writers left, and versions that were replaced. Returns how many are too young, and stay.
 
         Raises:
             StorageError: when the store cannot be reached or refuses.
         """
         staying = 0
         with _store_errors(self.url):
-            for version, whole in self._objects(self.folder):
-                if not whole and version.stamp < time.time_ns() // 1000 - _ABANDONED:
+            objects = self._objects(self.folder)
+            newest = _newest_of(objects, self._file)
+            for version, whole in objects:
+                replaced = whole and newest[self._file(version)] != version
+                if replaced or (not whole and version.stamp < time.time_ns() // 1000 - _ABANDONED):
                     self._remove(version, whole)
                 elif not whole:
                     staying += 1
+        for leftover in self.folder.rglob(".*.fetch"):
+            _remove_of_dead(leftover)
         return staying
+
+    def lacking(self) -> list[Path]:
+        """Local files of which the store does not have this very content under this stamp; sorted.
+
+        Raises:
+            StorageError: when the store cannot be reached.
+        """
+        with _store_errors(self.url):
+            newest = self._newest(self.folder)
+        return [file for file in _files_in(self.folder) if not _is_current(file, newest.get(file))]
+
+    def strange(self) -> list[Path]:
+        """Files that the store has and the folder has not, or with other content; sorted.
+
+        Raises:
+            StorageError: when the store cannot be reached.
+        """
+        with _store_errors(self.url):
+            newest = self._newest(self.folder)
+        return sorted(
+            file for file, v in newest.items() if not (file.exists() and _checksum(file).startswith(v.checksum))
+        )
 
     def _bring(self, file: Path, version: _Version | None) -> None:
         """A writer may publish another version, and remove this one, while it is being copied."""
         for _ in range(_ATTEMPTS):
-            if version is None:
-                file.unlink(missing_ok=True)
-                return
-            if self._copied(version, file):
+            if version is not None and self._copied(version, file):
                 return
             version = self._newest(file.parent, file.name).get(file)
+            if _is_current(file, version):
+                return
+            if version is None:
+                raise StorageError(
+                    f"{file} is not in {self.url}: it was written before the lake was moved there, or removed there by "
+                    f"hand; publish it with `propensity move-lake {self.url}`, or delete it"
+                )
         raise StorageError(f"{self.url}: {file.relative_to(self.folder)} cannot be had whole: {version}")
 
     def _copied(self, version: _Version, file: Path) -> bool:
         filesystem, _ = self._opened
         file.parent.mkdir(parents=True, exist_ok=True)
         for leftover in file.parent.glob(f".{file.name}.*.fetch"):
-            if not is_alive(int(leftover.name.split(".")[-2].partition("-")[0])):
-                leftover.unlink(missing_ok=True)
+            _remove_of_dead(leftover)
         temporary = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.fetch")
         try:
             filesystem.get_file(version.data, str(temporary))
             if temporary.stat().st_size != version.size or not _checksum(temporary).startswith(version.checksum):
                 return False
             os.utime(temporary, ns=(version.stamp * 1000, version.stamp * 1000))
+            sync(temporary)
+            later = file.exists() and file.stat().st_mtime_ns > version.stamp * 1000
+            # Somebody published here meanwhile, or wrote into the copy by hand.
+            if later and self._newest(file.parent, file.name).get(file) != version:
+                return False
             os.replace(temporary, file)
         except FileNotFoundError:
             return False
@@ -198,12 +236,7 @@ class ObjectStore:
         return True
 
     def _newest(self, folder: Path, name: str | None = None) -> dict[Path, _Version]:
-        newest: dict[Path, _Version] = {}
-        for version, whole in self._objects(folder, name):
-            file = self._file(version)
-            if whole and (file not in newest or newest[file].stamp < version.stamp):
-                newest[file] = version
-        return newest
+        return _newest_of(self._objects(folder, name), self._file)
 
     def _objects(self, folder: Path, name: str | None = None) -> list[tuple[_Version, bool]]:
         """All versions of the files below a folder, or of one file in it, and whether they have a manifest."""
@@ -266,33 +299,36 @@ def bind(folder: Path, url: str) -> None:
 
 
 def move_lake(folder: Path, url: str) -> int:
-    """Publish every file of a local lake to a store, and make the folder its working copy.
+    """Publish every file of a local lake to a store, and make the folder its working copy. Nothing else may run.
 
-    Interrupted, it is run again: the folder is a lake of its own until the last file is there.
+    Interrupted, it is run again, and goes on: the folder is a lake of its own until the last file is there.
 
     Returns:
         The number of files.
 
     Raises:
-        ConfigError: when the folder is bound already, or another lake is at the URL.
+        ConfigError: when the folder is bound to another store, or another lake is at the URL.
         StorageError: when the store cannot be reached or refuses.
     """
     store = ObjectStore(url.rstrip("/"), folder)
     bound = store_of(folder)
-    if bound is not None:
+    if bound is not None and bound.url != store.url:
         raise ConfigError(f"{folder} is the working copy of {bound.url} already")
     store.require()
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    strange = [file for file in store.files(folder) if not file.exists()]
-    if strange:
+    if bound is None and (strange := store.strange()):
         raise ConfigError(
-            f"{url} holds another lake, with {strange[0].relative_to(folder)}, which {folder} lacks; name a place of "
-            "its own, or set PROPENSITY_HOME to a new folder to read that one"
+            f"{store.url} holds another lake, in which {strange[0].relative_to(folder)} is not what it is in {folder}; "
+            "name a place of its own, or set PROPENSITY_HOME to a new folder to read that one"
         )
-    for file in files:
-        store.publish(file, file)
+    there = set(store.files(folder)) if bound else set[Path]()
+    moved = 0
+    # Again, until nothing was written meanwhile. What a working copy only has of another version is not published.
+    while lacking := [file for file in store.lacking() if file not in there]:
+        for file in lacking:
+            store.publish(file, file)
+        moved += len(lacking)
     _mark(folder, store.url)
-    return len(files)
+    return moved
 
 
 def store_of(folder: Path) -> ObjectStore | None:
@@ -320,15 +356,44 @@ def is_alive(pid: int) -> bool:
     return True
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or what is in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _mark(folder: Path, url: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{MARKER}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps({"url": url}), encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, folder / MARKER)
+
+
+def _newest_of(objects: list[tuple[_Version, bool]], file_of: Callable[[_Version], Path]) -> dict[Path, _Version]:
+    newest: dict[Path, _Version] = {}
+    for version, whole in objects:
+        file = file_of(version)
+        if whole and (file not in newest or newest[file].stamp < version.stamp):
+            newest[file] = version
+    return newest
+
+
+def _remove_of_dead(leftover: Path) -> None:
+    """A copy that was being made by a process that is gone; its name ends in `<process>-<thread>.fetch`."""
+    if not is_alive(int(leftover.name.split(".")[-2].partition("-")[0])):
+        leftover.unlink(missing_ok=True)
 
 
 def _is_current(file: Path, version: _Version | None) -> bool:
     return not file.exists() if version is None else version.is_in(file)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
 def _checksum(file: Path) -> str:

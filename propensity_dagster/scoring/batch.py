@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -201,13 +202,16 @@ def delivered_scores(campaign: Campaign, snapshot: date, home: Home) -> dict[str
 
 
 def _keep_replaced(campaign: Campaign, snapshot: date, version: str, home: Home) -> None:
-    """Scores of another version stay under a name of their own: a second link to the file, no copy."""
+    """Scores of another version stay under a name of their own: a second link to the file, no copy of it.
+
+    In a store each file has its own stamp, which two links could not have.
+    """
     lake = home.lake(campaign.name)
     current = lake.partition(SCORES, "snapshot", snapshot)
     before = version_of(current)
     if before not in (None, version):
         with publishing(lake.partition(f"{REPLACED}/version={before}", "snapshot", snapshot)) as temporary:
-            os.link(current, temporary)
+            (os.link if lake.store is None else shutil.copyfile)(current, temporary)
 
 
 @dataclass
