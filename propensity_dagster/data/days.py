@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from pyarrow import compute
 
 from propensity_dagster.data.lake import UNPLACED, publish_table
-from propensity_dagster.data.objects import store_above
+from propensity_dagster.data.objects import AT_ONCE, store_above
 
 EPOCH = date(1970, 1, 1)
-_AT_ONCE, _AT_ONCE_IN_STORE = 3, 16  # more on a disk cost CPU time and bring nothing
+_AT_ONCE_ON_DISK = 3  # more cost CPU time and bring nothing
 pc: Any = compute  # its functions are made at import, which no type checker sees
 
 
@@ -104,7 +104,7 @@ def publish_days(
 def _publishing_at_once(place: Path) -> Generator[Callable[[pa.Table, Path], None]]:
     """`publish_table` that does not wait, until as many as may wait at that place do; at the end all are published."""
     running: deque[Future[None]] = deque()
-    at_once = _AT_ONCE if store_above(place) is None else _AT_ONCE_IN_STORE
+    at_once = _AT_ONCE_ON_DISK if store_above(place) is None else AT_ONCE
     with ThreadPoolExecutor(at_once) as pool:
 
         def publish(table: pa.Table, file: Path) -> None:

@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from typing import Any
 from propensity_dagster.errors import ConfigError, StorageError
 
 MARKER = ".store.json"
-_OBJECT = re.compile(
-    r"(?P<stem>.+)\.(?P<stamp>\d{16})-(?P<checksum>[0-9a-f]{16})(?P<suffix>\.\w+?)(?P<manifest>\.manifest)?"
-)
+_OBJECT = re.compile(r"(?P<stem>.+)\.(?P<stamp>\d{16})-(?P<checksum>[0-9a-f]{16})(?P<suffix>\.\w+)")
+_MANIFEST = ".manifest"
 _URL = re.compile(r"(s3|gs|az|abfss?)://.+")
-_AT_ONCE = 16
+AT_ONCE = 16
+"""Files that travel at once: each waits for the store."""
 _ATTEMPTS = 5
 _ABANDONED = 24 * 3600 * 1_000_000
 """Microseconds after which data without a manifest are taken for those of a killed writer."""
@@ -39,17 +39,29 @@ _ABANDONED = 24 * 3600 * 1_000_000
 
 @dataclass(frozen=True)
 class _Version:
-    """One version of a file. `stamp` is when it was published, in microseconds since 1970."""
+    """One version of a file.
 
+    Attributes:
+        file: the working copy's place.
+        stamp: when it was published, in microseconds since 1970.
+        checksum: the first letters of its SHA-256.
+        data: its place in the store.
+        size: in bytes.
+        whole: whether it has a manifest.
+    """
+
+    file: Path
     stamp: int
     checksum: str
     data: str
     size: int
+    whole: bool
 
-    def is_in(self, file: Path) -> bool:
+    @property
+    def is_here(self) -> bool:
         """Whether the working copy is of this version."""
         try:
-            stat = file.stat()
+            stat = self.file.stat()
         except FileNotFoundError:
             return False
         return (stat.st_size, stat.st_mtime_ns) == (self.size, self.stamp * 1000)
@@ -112,18 +124,18 @@ class ObjectStore:
         with _store_errors(self.url):
             found = self._objects(file.parent, file.name)
             # Later than what it replaces, even if that was written by a machine whose clock is ahead.
-            stamp = max([time.time_ns() // 1000, *(version.stamp + 1 for version, _ in found)])
+            stamp = max([time.time_ns() // 1000, *(version.stamp + 1 for version in found)])
             size = temporary.stat().st_size
             name = f"{file.stem}.{stamp:016d}-{checksum[:16]}{file.suffix}"
             data = f"{self._place(file.parent)}/{name}"
             # An upload cut into parts leaves them behind when it is killed; the store must be told to drop those.
             filesystem.put_file(str(temporary), data)
             manifest = json.dumps({"file": name, "bytes": size, "sha256": checksum}, indent=1)
-            filesystem.pipe_file(f"{data}.manifest", manifest.encode())
+            filesystem.pipe_file(f"{data}{_MANIFEST}", manifest.encode())
             os.utime(temporary, ns=(stamp * 1000, stamp * 1000))
-            for version, whole in found:
-                if whole or version.stamp < stamp - _ABANDONED:
-                    self._remove(version, whole)
+            for version in found:
+                if version.whole or version.stamp < stamp - _ABANDONED:
+                    self._remove(version)
 
     def bring(self, files: Sequence[Path]) -> None:
         """Bring the working copies of these files up to date.
@@ -143,7 +155,7 @@ class ObjectStore:
             if len(stale) == 1:
                 self._bring(*stale[0])
             elif stale:
-                with ThreadPoolExecutor(_AT_ONCE) as pool:
+                with ThreadPoolExecutor(AT_ONCE) as pool:
                     list(pool.map(lambda one: self._bring(*one), stale))
 
     def files(self, folder: Path) -> list[Path]:
@@ -164,12 +176,12 @@ class ObjectStore:
         staying = 0
         with _store_errors(self.url):
             objects = self._objects(self.folder)
-            newest = _newest_of(objects, self._file)
-            for version, whole in objects:
-                replaced = whole and newest[self._file(version)] != version
-                if replaced or (not whole and version.stamp < time.time_ns() // 1000 - _ABANDONED):
-                    self._remove(version, whole)
-                elif not whole:
+            newest = _newest_of(objects)
+            for version in objects:
+                replaced = version.whole and newest[version.file] != version
+                if replaced or (not version.whole and version.stamp < time.time_ns() // 1000 - _ABANDONED):
+                    self._remove(version)
+                elif not version.whole:
                     staying += 1
         for leftover in self.folder.rglob(".*.fetch"):
             _remove_of_dead(leftover)
@@ -236,43 +248,32 @@ class ObjectStore:
         return True
 
     def _newest(self, folder: Path, name: str | None = None) -> dict[Path, _Version]:
-        return _newest_of(self._objects(folder, name), self._file)
+        return _newest_of(self._objects(folder, name))
 
-    def _objects(self, folder: Path, name: str | None = None) -> list[tuple[_Version, bool]]:
-        """All versions of the files below a folder, or of one file in it, and whether they have a manifest."""
-        filesystem, _ = self._opened
-        found: dict[str, int] = {}
-        manifests: set[str] = set()
-        for place, info in filesystem.find(self._place(folder), detail=True).items():
-            named = _OBJECT.fullmatch(place.rpartition("/")[2])
+    def _objects(self, folder: Path, name: str | None = None) -> list[_Version]:
+        """All versions of the files below a folder, or of one file in it."""
+        filesystem, root = self._opened
+        found = filesystem.find(self._place(folder), detail=True)
+        versions: list[_Version] = []
+        for data, info in found.items():
+            place, _, object_name = data.rpartition("/")
+            named = _OBJECT.fullmatch(object_name)
             if named is None or (name is not None and named["stem"] + named["suffix"] != name):
                 continue
-            if named["manifest"]:
-                manifests.add(place.removesuffix(".manifest"))
-            else:
-                found[place] = info["size"]
-        versions: list[tuple[_Version, bool]] = []
-        for place, size in found.items():
-            named = _OBJECT.fullmatch(place.rpartition("/")[2])
-            assert named is not None
-            versions.append((_Version(int(named["stamp"]), named["checksum"], place, size), place in manifests))
+            file = self.folder / place.removeprefix(root).strip("/") / (named["stem"] + named["suffix"])
+            whole = f"{data}{_MANIFEST}" in found
+            versions.append(_Version(file, int(named["stamp"]), named["checksum"], data, info["size"], whole))
         return versions
 
-    def _remove(self, version: _Version, whole: bool) -> None:
+    def _remove(self, version: _Version) -> None:
         """The manifest goes first: nobody shall be sent to data that are gone."""
         filesystem, _ = self._opened
-        for place in [*([f"{version.data}.manifest"] if whole else []), version.data]:
+        for place in [*([f"{version.data}{_MANIFEST}"] if version.whole else []), version.data]:
             with suppress(FileNotFoundError):  # another writer of the same file was here
                 filesystem.rm_file(place)
 
     def _place(self, folder: Path) -> str:
         return "/".join([self._opened[1], *folder.relative_to(self.folder).parts])
-
-    def _file(self, version: _Version) -> Path:
-        folder, _, name = version.data.removeprefix(self._opened[1]).strip("/").rpartition("/")
-        named = _OBJECT.fullmatch(name)
-        assert named is not None
-        return self.folder / folder / (named["stem"] + named["suffix"])
 
 
 def bind(folder: Path, url: str) -> None:
@@ -373,13 +374,9 @@ def _mark(folder: Path, url: str) -> None:
     os.replace(temporary, folder / MARKER)
 
 
-def _newest_of(objects: list[tuple[_Version, bool]], file_of: Callable[[_Version], Path]) -> dict[Path, _Version]:
-    newest: dict[Path, _Version] = {}
-    for version, whole in objects:
-        file = file_of(version)
-        if whole and (file not in newest or newest[file].stamp < version.stamp):
-            newest[file] = version
-    return newest
+def _newest_of(versions: Sequence[_Version]) -> dict[Path, _Version]:
+    whole = [version for version in versions if version.whole]
+    return {version.file: version for version in sorted(whole, key=lambda version: version.stamp)}
 
 
 def _remove_of_dead(leftover: Path) -> None:
@@ -389,7 +386,7 @@ def _remove_of_dead(leftover: Path) -> None:
 
 
 def _is_current(file: Path, version: _Version | None) -> bool:
-    return not file.exists() if version is None else version.is_in(file)
+    return not file.exists() if version is None else version.is_here
 
 
 def _files_in(folder: Path) -> list[Path]:
