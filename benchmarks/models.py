@@ -16,7 +16,7 @@ from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home, publish_table
 from propensity_dagster.evaluation.planner import Channel, Limits, SegmentLimit, plan
 from propensity_dagster.models.base import FittedModel, threads
-from propensity_dagster.models.calibration import Calibrator
+from propensity_dagster.models.calibration import Calibrator, Floats
 from propensity_dagster.models.dataset import CATEGORY, Dataset, FeatureContract, FeatureSpec
 from propensity_dagster.models.ensemble import EnsembleScorer
 from propensity_dagster.models.linear import LogisticRegressionEstimator
@@ -140,8 +140,9 @@ def home_of(folder: Path, rows: int) -> tuple[Campaign, Home]:
 
 
 def make_home(folder: Path, rows: int) -> None:
-    """Three models, the rows they learnt from, and a snapshot of features with its scores."""
+    """Three models, the rows they learnt from, and a snapshot: its features, its scores, and its ready matrices."""
     campaign, home = home_of(folder, rows)
+    campaign = with_reasons(campaign, 0)
     if home.root.exists():
         return
     home.ensure()
@@ -166,10 +167,23 @@ def make_home(folder: Path, rows: int) -> None:
     with ExitStack() as stack:
         writer: pq.ParquetWriter | None = None
         for part in range(rows // CHUNK):
-            chunk = drift_table(training_data(CHUNK, 10 + part), campaign.key, part, [str(SNAPSHOT)])
+            data = training_data(CHUNK, 10 + part)
+            np.save(ready_matrix(home, part), np.ascontiguousarray(data.X))
+            chunk = drift_table(data, campaign.key, part, [str(SNAPSHOT)])
             writer = writer or stack.enter_context(pq.ParquetWriter(file, chunk.schema))
             writer.write_table(chunk)
     score(campaign, home, load_model(home.root / "lightgbm"))
+
+
+def ready_matrix(home: Home, part: int) -> Path:
+    """One chunk of the snapshot, encoded."""
+    return home.root / f"matrix-{part}.npy"
+
+
+def with_reasons(campaign: Campaign, reasons: int, above_percentile: float = 0.0) -> Campaign:
+    """The campaign with so many reasons beside a score."""
+    asked = {"reasons": reasons, "above_percentile": above_percentile}
+    return campaign.model_copy(update={"explanations": campaign.explanations.model_copy(update=asked)})
 
 
 def score(campaign: Campaign, home: Home, model: FittedModel) -> None:
@@ -200,17 +214,14 @@ class Score:
 
     def __call__(self, folder: Path, size: int) -> Callable[[], object]:
         campaign, home = home_of(folder, size if not self.reasons else 10 * size)
-        explained = campaign.explanations.model_copy(update={"reasons": self.reasons})
-        if self.reasons:  # of as many rows as are explained: a tenth of the table
-            explained = explained.model_copy(update={"above_percentile": 0.9})
-        campaign = campaign.model_copy(update={"explanations": explained})
+        campaign = with_reasons(campaign, self.reasons, 0.9)  # of as many rows as are explained: a tenth of the table
         model = load_model(home.root / self.kind)
         model.scorer.log_odds(np.zeros((40_000, FEATURES)))  # compiled, warm
         return lambda: score(campaign, home, model)
 
 
 class ScoreRaw:
-    """What the model alone takes: LightGBM's booster, or our scorer, over a matrix in memory."""
+    """What the library that trained a model takes over a matrix in memory: for the ensemble, each of its members'."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -218,19 +229,77 @@ class ScoreRaw:
     def __call__(self, folder: Path, size: int) -> Callable[[], object]:
         _, home = home_of(folder, size)
         scorer: Any = load_model(home.root / self.kind).scorer
-        parts = [training_data(CHUNK, 10 + part).X for part in range(size // CHUNK)]
-        scorer.log_odds(np.zeros((40_000, FEATURES)))
-        if self.kind == "lightgbm":
-            ready = [np.ascontiguousarray(part) for part in parts]
-            return lambda: [scorer.booster.predict(part, raw_score=True, num_threads=threads()) for part in ready]
-        return lambda: [scorer.log_odds(part) for part in parts]
+        members = [member.scorer for member in scorer.members] if self.kind == "ensemble" else [scorer]
+        predict = [RAW[member.kind](member) for member in members]
+        parts = [np.load(ready_matrix(home, part)) for part in range(size // CHUNK)]
+        for raw, member in zip(predict, members, strict=True):
+            np.testing.assert_allclose(raw(parts[0]), member.log_odds(parts[0]), rtol=0, atol=1e-9)
+        return lambda: [raw(part) for part in parts for raw in predict]
+
+
+def raw_booster(scorer: Any) -> Callable[[Floats], Floats]:
+    return lambda X: scorer.booster.predict(X, raw_score=True, num_threads=threads())
+
+
+def raw_network(scorer: Any) -> Callable[[Floats], Floats]:
+    """As torch would, with numbers as precise as ours."""
+    import torch
+
+    torch.set_num_threads(threads())
+    inputs = torch_inputs(scorer)
+    tables = [torch.from_numpy(table) for table in scorer.embeddings]
+    layers = [(torch.from_numpy(weights), torch.from_numpy(bias)) for weights, bias in scorer.layers]
+
+    def predict(X: Floats) -> Floats:
+        with torch.inference_mode():
+            codes = torch.from_numpy(scorer.one_hot.codes(X))
+            hidden = torch.cat([inputs(X), *(table[codes[:, i]] for i, table in enumerate(tables))], 1)
+            for weights, bias in layers[:-1]:
+                hidden = torch.nn.functional.silu(hidden @ weights + bias)
+            weights, bias = layers[-1]
+            return (hidden @ weights + bias)[:, 0].numpy()
+
+    return predict
+
+
+def raw_linear(scorer: Any) -> Callable[[Floats], Floats]:
+    """A product of the preprocessed matrix."""
+    import torch
+
+    torch.set_num_threads(threads())
+    inputs, coefficients = torch_inputs(scorer), torch.from_numpy(scorer.coefficients)
+
+    def predict(X: Floats) -> Floats:
+        with torch.inference_mode():
+            design = torch.cat([inputs(X), torch.from_numpy(scorer.one_hot.apply(X))], 1)
+            return (design @ coefficients + scorer.intercept).numpy()
+
+    return predict
+
+
+def torch_inputs(scorer: Any) -> Callable[[Floats], Any]:
+    """Scaled numbers and indicators of what is missing, in torch."""
+    import torch
+
+    scaling = scorer.scaling
+    mean, scale = torch.from_numpy(scaling.mean), torch.from_numpy(scaling.scale)
+
+    def inputs(X: Floats) -> Any:
+        values = torch.from_numpy(X)[:, list(scaling.columns)]
+        numbers = (values.abs().log1p().copysign(values) - mean) / scale
+        return torch.cat([numbers.clamp(-6, 6).nan_to_num(0.0), values[:, list(scaling.indicators)].isnan()], 1)
+
+    return inputs
+
+
+RAW = {"lightgbm": raw_booster, "network": raw_network, "linear": raw_linear}
 
 
 def contributions(folder: Path, size: int) -> Callable[[], object]:
     """LightGBM's own contributions of a matrix in memory."""
     _, home = home_of(folder, 10 * size)
     scorer: Any = load_model(home.root / "lightgbm").scorer
-    X = training_data(size, 10).X
+    X = np.load(ready_matrix(home, 0))[:size]
     return lambda: scorer.booster.predict(X, pred_contrib=True, num_threads=threads())
 
 

@@ -45,10 +45,10 @@ class Stage:
 
         def score() -> None:
             plain, scored = models.home_of(folder, ROWS_A_CUSTOMER * size)
-            without = plain.explanations.model_copy(update={"reasons": 0})
-            plain = plain.model_copy(update={"explanations": without})
             model = load_model(scored.root / "lightgbm")
-            score_snapshot(plain, models.SNAPSHOT, model, "1", datetime(2025, 8, 1, 2), scored, engine)
+            score_snapshot(
+                models.with_reasons(plain, 0), models.SNAPSHOT, model, "1", datetime(2025, 8, 1, 2), scored, engine
+            )
 
         action: Callable[[], object] = {
             "ingest": ingest,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError
+from propensity_dagster.models.base import BLOCK_ROWS
 from propensity_dagster.models.bitvectors import build_forest
 from propensity_dagster.models.calibration import METHODS, choose_calibrator, cross_fit, fit_calibrator, log_loss
 from propensity_dagster.models.dataset import FeatureContract, entity_folds, make_dataset
@@ -85,6 +86,21 @@ def test_the_saved_model_scores_like_the_one_in_memory(models, data, tmp_path, n
     assert loaded.contract == models[name].contract
     written = {p.suffix for p in (tmp_path / "model").rglob("*") if p.is_file()}
     assert written <= {".json", ".txt", ".npz"}
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("rows", [0, 1, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 1, 2 * BLOCK_ROWS + 700])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_score_of_a_row_does_not_depend_on_the_others(models, data, name, rows, order):
+    rng = np.random.default_rng(rows)
+    X = np.tile(data[2].X, (4, 1))[:rows]
+    numbers = [i for i in range(X.shape[1]) if i not in models[name].contract.categorical]
+    X[:, numbers] *= rng.choice([1.0, -1e-9, -1e9, np.nan], (rows, len(numbers)), p=[0.7, 0.1, 0.1, 0.1])
+    together = models[name].log_odds(np.asarray(X, order=order))
+    assert together.shape == (rows,)
+    assert np.isfinite(together).all()
+    for i in rng.integers(0, rows, 40 if rows else 0):
+        assert abs(models[name].log_odds(X[i : i + 1])[0] - together[i]) <= 1e-12
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -93,7 +93,7 @@ class FeatureContract:
                 values = column.cast(pa.string())
                 codes = pc.index_in(values, pa.array(feature.categories, pa.string()))
                 column = codes if not values.null_count else pc.if_else(pc.is_null(values), None, codes)
-            column = pc.fill_null(column.cast(pa.float64()), np.nan)
+            column = column.cast(pa.float64())  # of which Arrow makes numpy's with NaN for what is missing
             matrix[:, i] = column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy()
         return matrix
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from propensity_dagster.models.base import Fit
+from propensity_dagster.models.base import Fit, by_blocks
 from propensity_dagster.models.calibration import Floats, log_loss
 from propensity_dagster.models.dataset import Dataset
 from propensity_dagster.models.preprocess import OneHot, Scaling
@@ -31,11 +31,18 @@ class LinearScorer:
 
     def log_odds(self, X: Floats) -> Floats:
         """Log-odds (n,)."""
-        out = np.empty(len(X))
-        for start in range(0, len(X), _CHUNK):  # the preprocessed matrix is wider than X
-            rows = slice(start, start + _CHUNK)
-            out[rows] = _design(X[rows], self.scaling, self.one_hot) @ self.coefficients + self.intercept
-        return out
+        numbers = len(self.scaling.columns) + len(self.scaling.indicators)
+        ends = np.cumsum([size + 1 for size in self.one_hot.sizes])
+        tables = np.split(self.coefficients[numbers:], ends[:-1]) if len(ends) else []
+
+        def score(rows: Floats) -> Floats:
+            # Not by BLAS, whose threads would wait for one another over so few rows.
+            z = np.einsum("ij,j->i", self.scaling.apply(rows), self.coefficients[:numbers])
+            for table, codes in zip(tables, self.one_hot.codes(rows).T, strict=True):
+                z += table[codes]
+            return z + self.intercept
+
+        return by_blocks(score, X)
 
     def save(self, folder: Path) -> dict[str, Any]:
         """All of it is JSON."""

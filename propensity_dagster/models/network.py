@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from propensity_dagster.models.base import Fit
+from propensity_dagster.models.base import Fit, by_blocks
 from propensity_dagster.models.calibration import Floats, Ints, log_loss
 from propensity_dagster.models.dataset import Dataset
 from propensity_dagster.models.preprocess import OneHot, Scaling
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 _FILE = "weights.npz"
 _CHUNK = 65_536
 _SMALLEST_BATCH, _STEPS = 64, 40
+_BLAS_ALONE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ class NetworkScorer:
 
     def log_odds(self, X: Floats) -> Floats:
         """Log-odds (n,)."""
-        out = np.empty(len(X))
-        for start in range(0, len(X), _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            out[rows] = self.output(self.inputs(X[rows]))
-        return out
+        return by_blocks(lambda rows: self.output(self.inputs(rows)), X)
 
     def forward(self, numbers: Floats, codes: Ints) -> Floats:
         """Log-odds (n,) of scaled numbers (n, k) and category codes (n, c)."""
@@ -56,15 +53,20 @@ class NetworkScorer:
 
     def _joined(self, numbers: Floats, codes: Ints) -> Floats:
         embedded = [table[codes[:, i]] for i, table in enumerate(self.embeddings)]
-        return np.hstack([numbers, *embedded])
+        out = np.empty((len(numbers), len(self.layers[0][0])))  # row by row, whatever the order of the numbers
+        return np.concatenate([numbers, *embedded], axis=1, out=out)
 
     def output(self, hidden: Floats) -> Floats:
         """Log-odds (n,) of the first layer's inputs (n, i)."""
         for weights, bias in self.layers[:-1]:
-            hidden = hidden @ weights + bias
-            hidden /= 1 + np.exp(-hidden)  # SiLU
+            hidden = _product(hidden, weights)
+            hidden += bias
+            growth = np.negative(hidden)
+            np.exp(growth, out=growth)
+            growth += 1
+            hidden /= growth  # SiLU
         weights, bias = self.layers[-1]
-        return (hidden @ weights + bias)[:, 0]
+        return (_product(hidden, weights) + bias)[:, 0]
 
     def save(self, folder: Path) -> dict[str, Any]:
         """Arrays go to an .npz file, read back without pickle."""
@@ -185,6 +187,17 @@ class NeuralNetworkEstimator:
         layers = tuple((array(layer.weight).T.copy(), array(layer.bias)) for layer in network["layers"])
         layers[-1][1][:] += correction
         return NetworkScorer(scaling, one_hot, embeddings, layers)
+
+
+def _product(rows: Floats, weights: Floats) -> Floats:
+    """`rows @ weights`, in pieces so small that BLAS starts no threads for them: its threads burn time waiting."""
+    out = np.empty((len(rows), weights.shape[1]))
+    piece = max(1, _BLAS_ALONE // weights.size)
+    whole = len(rows) // piece * piece
+    pieces = rows[:whole].reshape(-1, piece, len(weights))
+    np.matmul(pieces, weights, out=out[:whole].reshape(-1, piece, weights.shape[1]))
+    np.matmul(rows[whole:], weights, out=out[whole:])
+    return out
 
 
 def _scaled(scaling: Scaling, X: Floats) -> Any:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PROGRESS_ROWS = 1_000_000
+_TIERS = ("low", "medium", "high")
 SCORES, REPLACED = "scores", "scores_replaced"
 PRIOR_SHIFT = "prior_shift"
 """Key of the file's metadata: what was added to all log-odds of the snapshot."""
@@ -119,7 +120,7 @@ def score_snapshot(
         with publishing(target) as temporary:
             for batch in ahead(pq.ParquetFile(raw).iter_batches(BATCH_ROWS)):
                 table = _finish(campaign, snapshot, version, scored_at, batch, ordered, shift, coder)
-                writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+                writer = writer or _writer(temporary, table.schema, campaign.key)
                 writer.write_table(table)
                 probability = table["probability"].to_numpy()
                 rows += table.num_rows
@@ -129,7 +130,7 @@ def score_snapshot(
             if writer is None:
                 empty = pa.RecordBatch.from_pylist([], schema=_raw_schema(campaign))
                 table = _finish(campaign, snapshot, version, scored_at, empty, ordered, 0.0, None)
-                writer = pq.ParquetWriter(temporary, table.schema, compression="zstd")
+                writer = _writer(temporary, table.schema, campaign.key)
             writer.close()
     logger.info("scores %s: %s rows, mean probability %.4f", snapshot, f"{rows:,}", total / max(rows, 1))
     unseen = _unseen_categories(features, model, engine)
@@ -253,7 +254,7 @@ def _with_reasons(
         table = pa.table({name: scored.column(name) for name in scored.schema.names})
         for name, column in found.items():
             table = table.append_column(name, column.take(at))
-        writer = writer or pq.ParquetWriter(target, table.schema, compression="lz4")
+        writer = writer or pq.ParquetWriter(target, table.schema, compression="lz4", use_dictionary=False)
         writer.write_table(table)
     assert writer is not None  # nobody to explain has no coder
     writer.close()
@@ -269,7 +270,7 @@ def _write_log_odds(
     model.contract.require(metadata.schema.names)
     found = _FirstPass(0, LogOddsHistogram())
     scored = engine.map_batches(features, [campaign.key, *model.contract.names], schema, RowScorer(model))
-    with pq.ParquetWriter(file, schema, compression="lz4") as writer, numbers.open("wb") as plain:
+    with pq.ParquetWriter(file, schema, compression="lz4", use_dictionary=False) as writer, numbers.open("wb") as plain:
         for batch in scored:
             writer.write_batch(batch)
             z = batch.column(LOG_ODDS).to_numpy()
@@ -296,6 +297,12 @@ def _unseen_categories(features: Path, model: FittedModel, engine: Engine) -> di
 def _show_progress(what: str, rows: int, added: int, total: int) -> None:
     if total > _PROGRESS_ROWS and rows // _PROGRESS_ROWS > (rows - added) // _PROGRESS_ROWS:
         logger.info("%s: %s of %s rows", what, f"{rows:,}", f"{total:,}")
+
+
+def _writer(file: Path, schema: pa.Schema, key: str) -> pq.ParquetWriter:
+    """Dictionaries of keys and of numbers that are all different would be made and thrown away."""
+    repeated: Any = [field.name for field in schema if field.name != key and field.type != pa.float64()]
+    return pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeated)
 
 
 def _raw_schema(campaign: Campaign) -> pa.Schema:
@@ -325,11 +332,7 @@ def _finish(
     rank, total = _ranks(z, ordered), max(len(ordered), 1)
     percentile = rank / total
     decile = 11 - -(-10 * rank // total)
-    tiers = np.where(
-        percentile > campaign.tiers.high,
-        "high",
-        np.where(percentile > campaign.tiers.medium, "medium", "low"),
-    )
+    tier = (percentile > campaign.tiers.medium).astype(np.int8) + (percentile > campaign.tiers.high)
     n = batch.num_rows
     value = campaign.value
     same = pa.array([0] * n, pa.int32())
@@ -340,7 +343,7 @@ def _finish(
             "probability": pa.array(probability),
             "percentile": pa.array(percentile),
             "decile": pa.array(decile.astype(np.int8)),
-            "tier": pa.array(tiers.astype(object), pa.string()),
+            "tier": pa.array(_TIERS).take(pa.array(tier)),
             "expected_value": pa.array(probability * value.margin_per_conversion - value.cost_per_contact),
             "campaign": pa.array([campaign.name]).take(same),
             "model_version": pa.array([version]).take(same),
