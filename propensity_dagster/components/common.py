@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, timedelta
 from functools import lru_cache, wraps
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
 import dagster as dg
@@ -107,6 +108,8 @@ def user_errors(function: Callable[P, T]) -> Callable[P, T]:
                 allow_retries=isinstance(error, SourceError),
             ) from error
 
+    # Dagster asks for it 19 times: with a hundred campaign files that takes seconds, unless the answer is at hand.
+    wrapped.__dict__["__signature__"] = signature(function)
     return wrapped
 
 
