@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -80,15 +81,26 @@ def contest(
     return figures
 
 
+def prepare(function: Callable[[Path, int], None], folder: Path, sizes: Sequence[int]) -> None:
+    """What is needed at each size, made at the same time, each in a process of its own."""
+    with ProcessPoolExecutor(os.cpu_count(), _forkserver()) as pool:
+        list(pool.map(function, [folder] * len(sizes), sizes))
+
+
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a fresh process, forked from one that has imported the benchmarks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(MODULES)
-    with ProcessPoolExecutor(1, context) as pool:
+    with ProcessPoolExecutor(1, _forkserver()) as pool:
         return pool.submit(function, *arguments).result()
 
 
+def _forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(MODULES)
+    return context
+
+
 def _timed(work: Work, folder: Path, size: int) -> Timing:
+    warnings.simplefilter("ignore")  # Dagster's, of what it calls beta
     action = work(folder, size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     cpu, start = _cpu(), time.perf_counter()

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.measure import Figure, contest, in_a_process
+from benchmarks.measure import Figure, contest, prepare
 from propensity_dagster.campaign import Campaign, find_campaign
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.lake import Home, publish_table
@@ -39,8 +39,7 @@ KINDS = ("lightgbm", "neural_network", "ensemble")
 def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     """Training at these numbers of rows; the others at ten times as many."""
     many = [10 * size for size in sizes]
-    for rows in many:
-        in_a_process(make_home, folder, rows)
+    prepare(make_home, folder, many)
     raw = "raw, of a ready matrix"
     return [
         *contest("train LightGBM", sizes, "rows", {"ours": train_trees, "lightgbm.train": train_lightgbm}, folder),

@@ -9,11 +9,18 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Figure, contest, in_a_process
-from benchmarks.pipeline import SNAPSHOT, make_lake, shop
+import pyarrow.parquet as pq
+
+from benchmarks.measure import Figure, contest, prepare
+from benchmarks.pipeline import SNAPSHOT, WEEKLY, make_lake, shop
 from propensity_dagster.campaign import EventCampaign
-from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.data.lake import Home
+from propensity_dagster.features.snapshots import publish_features, publish_labels
+from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.calibration import Calibrator
+from propensity_dagster.models.dataset import FeatureContract, make_dataset
+from propensity_dagster.models.linear import LogisticRegressionEstimator
+from propensity_dagster.models.saved import write_model
 from propensity_dagster.runtime import Runtime
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -22,9 +29,8 @@ _OURS = {"module": "propensity_dagster.components.event_log", "class": "Batching
 
 def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     """The nightly score at these numbers of customers; partitions and campaign files in numbers of their own."""
-    for size in sizes:
-        in_a_process(make_lake, folder, size)
-        in_a_process(make_champion, folder, size)
+    prepare(make_lake, folder, sizes)
+    prepare(make_champion, folder, sizes)
     return [
         *contest("nightly features and scores", sizes, "customers", {"Dagster": as_run, "as calls": as_calls}, folder),
         *contest(
@@ -41,23 +47,25 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     ]
 
 
-def campaign_of(folder: Path, size: int) -> tuple[EventCampaign, Home]:
-    campaign, home = shop(folder, size)
-    models = tuple(Candidate.model_validate({"name": name}) for name in ("baseline", "logistic_regression"))
-    return campaign.model_copy(update={"models": models, "min_converters": 50}), home
-
-
 def make_champion(folder: Path, size: int) -> None:
-    import dagster as dg
-
-    from propensity_dagster.components.automation import train_job_name
-
-    campaign, home = campaign_of(folder, size)
-    if Runtime(home).store.champion(campaign.name) is None:
-        with dg.DagsterInstance.ephemeral() as instance:
-            definitions(campaign, home).resolve_job_def(train_job_name(campaign)).execute_in_process(
-                run_config=_QUIET, instance=instance
-            )
+    """A regression, taught one older snapshot: a night costs the same whatever its champion learnt from."""
+    campaign, home = shop(folder, size)
+    runtime, lake, kind = Runtime(home), home.lake(campaign.name), "logistic_regression"
+    if runtime.store.champion(campaign.name) is not None:
+        return
+    with runtime.engine() as engine:
+        publish_features(campaign, WEEKLY[-1:], home, engine)
+        publish_labels(campaign, WEEKLY[-1:], home, engine)
+    features, labels = (pq.read_table(lake.partition(name, "snapshot", WEEKLY[-1])) for name in ("features", "labels"))
+    table = features.append_column("converted", labels["converted"])  # the same rows, in the order of their keys
+    data = make_dataset(table, FeatureContract.fit(table, campaign.key), campaign.key)
+    facts = {"calibration_rate": float(data.y.mean()), "snapshots": {"train": [str(WEEKLY[-1])]}}
+    model = FittedModel(kind, data.contract, LogisticRegressionEstimator().refit(data, 0), Calibrator(), facts)
+    saved = home.candidates(campaign.name) / kind
+    write_model(model, saved, data.X)
+    record = {"challenger": kind, "models": {}}
+    version = runtime.store.record_training(campaign.name, saved, record, home.reports(campaign.name), {})
+    runtime.store.promote(campaign.name, version.version, "of the benchmark")
 
 
 def definitions(campaign: EventCampaign, home: Home) -> Any:
@@ -74,7 +82,7 @@ def as_run(folder: Path, size: int) -> Callable[[], object]:
 
     from propensity_dagster.components.automation import score_job_name
 
-    campaign, home = campaign_of(folder, size)
+    campaign, home = shop(folder, size)
     job = definitions(campaign, home).resolve_job_def(score_job_name(campaign))
     keys = [dg.AssetKey([campaign.name, name]) for name in ("features", "scores", "online_features")]
     os.environ["DAGSTER_EVENT_BATCH_SIZE"] = "1000"
@@ -97,12 +105,11 @@ def as_run(folder: Path, size: int) -> Callable[[], object]:
 def as_calls(folder: Path, size: int) -> Callable[[], object]:
     """What those assets call."""
     from propensity_dagster.features.audit import audit_features
-    from propensity_dagster.features.snapshots import publish_features
     from propensity_dagster.scoring.batch import score_snapshot, score_violations
     from propensity_dagster.scoring.promotion import require_champion
     from propensity_dagster.serving.publish.online_features import publish_online_features
 
-    campaign, home = campaign_of(folder, size)
+    campaign, home = shop(folder, size)
     runtime = Runtime(home)
 
     def action() -> None:
@@ -145,7 +152,7 @@ def _record(partitions: int, batch: str, overrides: dict[str, object]) -> Callab
 
     def action() -> None:
         with tempfile.TemporaryDirectory() as home, dg.instance_for_test(overrides, temp_dir=home) as instance:
-            dg.materialize([table], instance=instance, tags=days)
+            dg.materialize([table], instance=instance, tags=days, run_config=_QUIET)
 
     return action
 

@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 
-from benchmarks.measure import Figure, contest, in_a_process
+from benchmarks.measure import Figure, contest, prepare
 from propensity_dagster.campaign import SHIPPED, EventCampaign, load_campaign
 from propensity_dagster.data.days import days_between
 from propensity_dagster.data.engine import Engine, open_engine
@@ -34,8 +34,7 @@ EPOCH = date(1970, 1, 1)
 
 def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     """Ingestion, activity and features at these numbers of customers."""
-    for size in sizes:
-        in_a_process(make_lake, folder, size)
+    prepare(make_lake, folder, sizes)
     per = "customers"
     by_hand = "DuckDB by hand"
     return [

@@ -1,6 +1,6 @@
 """Everything that is promised about time, as ratios of one run. `make benchmark`.
 
-    python -m benchmarks.run [--customers 2000 3000 5000] [--rows 5000 10000 20000] [--out FOLDER]
+    python -m benchmarks.run [--customers 1000 2000 5000] [--rows 5000 10000 20000] [--out FOLDER]
 
 `--customers` are the sizes of the shop, `--rows` those of training; scoring, drift and the plan take ten times as many.
 """
@@ -16,7 +16,7 @@ from benchmarks.measure import write_results
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--customers", type=int, nargs="+", default=[2_000, 3_000, 5_000])
+    parser.add_argument("--customers", type=int, nargs="+", default=[1_000, 2_000, 5_000])
     parser.add_argument("--rows", type=int, nargs="+", default=[5_000, 10_000, 20_000])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     stated = parser.parse_args()

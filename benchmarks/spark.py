@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from benchmarks import models
-from benchmarks.measure import Figure, contest, in_a_process, write_results
+from benchmarks.measure import Figure, contest, prepare, write_results
 from benchmarks.pipeline import SNAPSHOT, days_of, make_lake, shop
 from propensity_dagster.data.ingest import ingest_stream
 from propensity_dagster.data.validate import validate_stream
@@ -62,9 +62,8 @@ class Stage:
 
 def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     """Each stage at these numbers of customers."""
-    for size in sizes:
-        in_a_process(make_lake, folder, size)
-        in_a_process(models.make_home, folder, ROWS_A_CUSTOMER * size)
+    prepare(make_lake, folder, sizes)
+    prepare(models.make_home, folder, [ROWS_A_CUSTOMER * size for size in sizes])
     words = {
         "ingest": "ingest and validate the visits",
         "activity": "activity of all days",
