@@ -60,6 +60,7 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
             "rows",
             {"ours": Score("lightgbm", 3), "pred_contrib": contributions},
             folder,
+            rounds=2,
         ),
         *contest("drift", many, "rows", {"ours": drift, "pandas, the index alone": drift_in_pandas}, folder),
         *contest(

@@ -32,7 +32,14 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     prepare(make_lake, folder, sizes)
     prepare(make_champion, folder, sizes)
     return [
-        *contest("nightly features and scores", sizes, "customers", {"Dagster": as_run, "as calls": as_calls}, folder),
+        *contest(
+            "nightly features and scores",
+            sizes,
+            "customers",
+            {"Dagster": as_run, "as calls": as_calls},
+            folder,
+            rounds=2,
+        ),
         *contest(
             "record a run", [30, 120, 365], "partitions", {"ours": record_ours, "Dagster's": record_theirs}, folder
         ),

@@ -53,6 +53,7 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
             per,
             {"ours": FeaturesOf(12), "twelve of one": FeaturesOf(1)},
             folder,
+            rounds=2,
             times={"twelve of one": 12},
         ),
         *contest(
