@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -22,16 +21,7 @@ from propensity_dagster.data.lake import Home
 from propensity_dagster_tests import postgres
 from propensity_dagster_tests.served import free_port, wait_until
 
-_MEMORY, _ROOM = Path("/dev/shm"), 12 << 30
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# Two workers that each start as many threads as there are cores wait for each other, spinning.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Every published file is synced to the disk, and a suite publishes hundreds of thousands: memory takes that at once.
-if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _ROOM:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 
 def shop_file(folder: Path, **changes) -> Path:

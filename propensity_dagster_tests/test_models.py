@@ -16,7 +16,7 @@ from propensity_dagster.errors import ConfigError, DataContractError, SavedModel
 from propensity_dagster.models.base import BLOCK_ROWS
 from propensity_dagster.models.bitvectors import build_forest
 from propensity_dagster.models.calibration import METHODS, choose_calibrator, cross_fit, fit_calibrator, log_loss
-from propensity_dagster.models.dataset import FeatureContract, entity_folds, make_dataset
+from propensity_dagster.models.dataset import Dataset, FeatureContract, FeatureSpec, entity_folds, make_dataset
 from propensity_dagster.models.ensemble import Member
 from propensity_dagster.models.monotone import keeps, violations
 from propensity_dagster.models.preprocess import Scaling
@@ -143,6 +143,26 @@ def test_the_network_in_numpy_equals_torch(campaign, data):
     z = (hidden @ torch.from_numpy(weights).float() + torch.from_numpy(bias).float())[:, 0].numpy()
     p, q = (1 / (1 + np.exp(-v)) for v in (z, scorer.log_odds(test.X)))
     assert np.abs(p - q).max() < 1e-6
+
+
+def test_the_network_is_the_same_whatever_ran_before():
+    """Numba and torch share their OpenMP: scoring by trees leaves torch with another number of threads."""
+    import torch
+
+    from propensity_dagster.models.network import NeuralNetworkEstimator
+
+    rng = np.random.default_rng(0)
+    contract = FeatureContract(tuple(FeatureSpec(f"f{i}", "number") for i in range(20)))
+    y = (rng.random(2000) < 0.3).astype(float)
+    train = Dataset(rng.normal(size=(2000, 20)), y, np.zeros(2000, dtype=np.int64), contract)
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        layers = NeuralNetworkEstimator(hidden=(7,)).refit(train, 2).layers
+        found.append([part.tobytes() for layer in layers for part in layer])
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert found[0] == found[1]
 
 
 def test_the_network_keeps_its_best_epoch(data):

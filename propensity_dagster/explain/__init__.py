@@ -1,1 +1,1 @@
-"""Why a score: contributions, reason codes, importance, dependence. The one package that imports shap and numba."""
+"""Why a score: contributions, reason codes, importance, dependence. The one package that imports shap."""

@@ -3,7 +3,6 @@
 `serving/scorers.py` computes the same for one row without this package's imports; a test holds them equal.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from propensity_dagster.explain.trees import build_tables, tree_contributions
-from propensity_dagster.models.base import FittedModel
+from propensity_dagster.models.base import FittedModel, threads
 from propensity_dagster.models.baseline import CellScorer, cells_of
 from propensity_dagster.models.calibration import Floats
 from propensity_dagster.models.ensemble import EnsembleScorer
@@ -148,7 +147,7 @@ def _network(scorer: NetworkScorer, reference: Floats) -> _Explain:
             out[rows] = found
 
         # numpy computes without the interpreter's lock; threads of BLAS below ours would halve the speed.
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads()) as pool:
             list(pool.map(explain_chunk, range(0, len(X), _ROWS_A_CHUNK)))
         return base, out
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from propensity_dagster.models.base import threads
-from propensity_dagster.models.bitvectors import MISSING, ZERO, categories_left
+from propensity_dagster.models.bitvectors import MISSING, ZERO, allow_threads, categories_left
 from propensity_dagster.models.calibration import Floats
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class TreeTables:
     def contributions(self, X: Floats) -> Floats:
         """Contributions (n, p) in log-odds of encoded rows (n, p); with `base` they add up to the raw score."""
         out = np.zeros(X.shape)
+        allow_threads()
         _contributions(
             X,
             self.roots,

@@ -16,6 +16,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from propensity_dagster.models.base import threads
 from propensity_dagster.models.calibration import Floats
 
 MAX_LEAVES = 64
@@ -64,6 +65,7 @@ class BitvectorForest:
     def log_odds(self, X: Floats) -> Floats:
         """Raw scores (n,) of encoded rows (n, p)."""
         out = np.zeros(len(X))
+        allow_threads()
         _scores(
             np.asfortranarray(X),  # one layout, one compilation
             self.trees,
@@ -184,6 +186,11 @@ def _in_order(root: dict[str, Any], leaves: list[float]) -> list[tuple[dict[str,
 def categories_left(node: dict[str, Any]) -> list[int]:
     """Codes of the categories that go left at a node of LightGBM's dump."""
     return [int(code) for code in str(node["threshold"]).split("||")]
+
+
+def allow_threads() -> None:
+    """Numba starts as many threads as there are cores, unless it is told."""
+    numba.set_num_threads(min(threads(), numba.get_num_threads()))
 
 
 @numba.njit(cache=True, inline="always")
