@@ -92,8 +92,8 @@ def main() -> None:
     assert isinstance(campaign, EventCampaign), "only event logs have snapshots"
     with tempfile.TemporaryDirectory(prefix="propensity-benchmarks-") as folder:
         home = Home(Path(folder)).ensure()
+        fill_lake(campaign, home)
         with Runtime(home).engine() as engine:
-            fill_lake(campaign, home, engine)
             publish_training_set(campaign, home, engine)
         rows, rate = measure(campaign, home.lake(campaign.name).existing(TRAINING_SET), stated.keep)
     print("\n" + table_of(rows, rate, f"python -m benchmarks.negatives --campaign {campaign.name}"))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from benchmarks.measure import Figure, contest, prepare
 from propensity_dagster.campaign import SHIPPED, EventCampaign, load_campaign
 from propensity_dagster.data.days import days_between
-from propensity_dagster.data.engine import Engine, open_engine
+from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.ingest import ingest_entities, ingest_stream
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import campaign_calendar, source_folder
@@ -87,19 +87,21 @@ def make_lake(folder: Path, size: int) -> None:
     assert calendar.last is not None
     if (home.lake(campaign.name).partition("activity", "day", calendar.last)).exists():
         return
-    with open_engine() as engine:
-        fill_lake(campaign, home, engine)
+    fill_lake(campaign, home)
 
 
-def fill_lake(campaign: EventCampaign, home: Home, engine: Engine) -> None:
-    """From the source to the activity of all days."""
+def fill_lake(campaign: EventCampaign, home: Home) -> None:
+    """From the source to the activity of all days, with an engine for each table, as assets have."""
     first, last = days_of(campaign)
-    ingest_entities(campaign, home, engine)
-    validate_entities(campaign, home, engine)
+    with open_engine() as engine:
+        ingest_entities(campaign, home, engine)
+        validate_entities(campaign, home, engine)
     for name in campaign.source.streams:
-        ingest_stream(campaign, name, first, last, home, engine)
-        validate_stream(campaign, name, first, last, home, engine)
-    build_activity(campaign, first, last, home, engine)
+        with open_engine() as engine:
+            ingest_stream(campaign, name, first, last, home, engine)
+            validate_stream(campaign, name, first, last, home, engine)
+    with open_engine() as engine:
+        build_activity(campaign, first, last, home, engine)
 
 
 def ingest(folder: Path, size: int) -> Callable[[], object]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.campaign_sections import Candidate
 from propensity_dagster.errors import ConfigError, DataContractError, SavedModelError
-from propensity_dagster.models.base import BLOCK_ROWS
+from propensity_dagster.models import kernels
+from propensity_dagster.models.base import BLOCK_ROWS, MANY_ROWS
 from propensity_dagster.models.bitvectors import build_forest
 from propensity_dagster.models.calibration import METHODS, choose_calibrator, cross_fit, fit_calibrator, log_loss
 from propensity_dagster.models.dataset import Dataset, FeatureContract, FeatureSpec, entity_folds, make_dataset
@@ -101,6 +102,35 @@ def test_the_score_of_a_row_does_not_depend_on_the_others(models, data, name, ro
     assert np.isfinite(together).all()
     for i in rng.integers(0, rows, 40 if rows else 0):
         assert abs(models[name].log_odds(X[i : i + 1])[0] - together[i]) <= 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_rows_score_as_few(models, data, name):
+    """Of many rows what is compiled: to the last bit for trees, and nearly so for sums of logarithms."""
+    X = np.asfortranarray(np.tile(data[2].X, (MANY_ROWS // len(data[2].X) + 1, 1)))
+    together = models[name].log_odds(X)
+    apart = np.concatenate([models[name].log_odds(part) for part in np.array_split(X, 7)])
+    assert np.abs(together - apart).max() <= (0 if name == "lightgbm" else 1e-12)
+
+
+def test_kernels_are_numpys_functions():
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(-700, 700, 200_000)) * rng.choice([-1, 1], 200_000)
+    hard = [0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324, -1e-308, 2.0**53, 1.7e308, -0.5, np.sqrt(2) - 1, 708.5, -745.2]
+    x = np.concatenate([hard, rng.normal(0, 30, 200_000), sizes])
+    wide, scaled = np.tile(x, (2, 1)), np.empty((2, len(x)))
+    mean, deviation = np.array([0.0, 3.5]), np.array([200.0, 1.0])
+    kernels.scale(wide, mean, deviation, 6.0, scaled)
+    logged = np.copysign(np.log1p(np.abs(wide)), wide)
+    expected = np.nan_to_num(np.clip((logged - mean[:, None]) / deviation[:, None], -6, 6), nan=0.0)
+    finite = ~np.isinf(wide)
+    assert (np.sign(scaled) == np.sign(expected)).all()
+    np.testing.assert_allclose(scaled[finite], expected[finite], rtol=4e-15, atol=4e-15)
+    hidden = x[np.abs(x) < 1e300][None].copy()
+    stated = hidden[0].copy()
+    kernels.silu(hidden, np.zeros(hidden.shape[1]))
+    with np.errstate(over="ignore"):
+        np.testing.assert_allclose(hidden[0], stated / (1 + np.exp(-stated)), rtol=4e-15, atol=1e-300)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -433,7 +463,7 @@ def test_trees_of_many_leaves_are_left_to_lightgbm():
     assert build_forest(booster) is None
 
 
-def test_many_rows_score_as_few():
+def test_many_rows_score_as_lightgbm_scores_few():
     rng = np.random.default_rng(5)
     X = rng.normal(size=(40_000, 3))
     booster = lightgbm.train({"verbosity": -1}, lightgbm.Dataset(X, X[:, 0] + X[:, 1] ** 2), num_boost_round=20)

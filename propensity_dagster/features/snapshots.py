@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.data.days import day_index
-from propensity_dagster.data.engine import Engine, any_day, on_day
+from propensity_dagster.data.engine import Engine, any_day, compiling, on_day
 from propensity_dagster.data.lake import ROW_GROUP, Home, publish_table, publish_text, publishing
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import InsufficientDataError
@@ -150,7 +150,8 @@ def _publish_features(
     campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
 ) -> FeaturesReport:
     lake = home.lake(campaign.name)
-    query = engine.prepare(build_features(campaign, inputs, as_of=any_day()))
+    with compiling():
+        query = engine.prepare(build_features(campaign, inputs, as_of=any_day()))
     rows: dict[date, int] = {}
     for position, snapshot in enumerate(snapshots, start=1):
         file = lake.target("features", "snapshot", snapshot)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -16,6 +17,8 @@ from propensity_dagster.models.dataset import Dataset, FeatureContract
 
 BLOCK_ROWS = 2000
 """What is computed from so many rows fits the processor's cache."""
+MANY_ROWS = 32_768
+"""For so many rows at once what Numba compiles is worth being loaded."""
 
 
 class Scorer(Protocol):
@@ -104,6 +107,15 @@ def threads() -> int:
     """As many as OMP_NUM_THREADS allows; without it, all cores."""
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     return int(allowed) if allowed.isdigit() and int(allowed) else os.cpu_count() or 1
+
+
+def compiled(rows: int) -> ModuleType | None:
+    """The kernels for many rows; None for few, which a service or a Spark executor has: Numba is not needed there."""
+    if rows < MANY_ROWS:
+        return None
+    from propensity_dagster.models import kernels
+
+    return kernels
 
 
 def by_blocks(score: Callable[[Floats], Floats], X: Floats) -> Floats:

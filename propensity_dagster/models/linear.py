@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from propensity_dagster.models.base import Fit, by_blocks
+from propensity_dagster.models.base import Fit, by_blocks, compiled
 from propensity_dagster.models.calibration import Floats, log_loss
 from propensity_dagster.models.dataset import Dataset
 from propensity_dagster.models.preprocess import OneHot, Scaling
@@ -35,9 +35,11 @@ class LinearScorer:
         ends = np.cumsum([size + 1 for size in self.one_hot.sizes])
         tables = np.split(self.coefficients[numbers:], ends[:-1]) if len(ends) else []
 
+        kernels = compiled(len(X))
+
         def score(rows: Floats) -> Floats:
             # Not by BLAS, whose threads would wait for one another over so few rows.
-            z = np.einsum("ij,j->i", self.scaling.apply(rows), self.coefficients[:numbers])
+            z = np.einsum("ij,j->i", self.scaling.apply(rows, kernels), self.coefficients[:numbers])
             for table, codes in zip(tables, self.one_hot.codes(rows).T, strict=True):
                 z += table[codes]
             return z + self.intercept

@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from propensity_dagster.models.base import Fit, by_blocks
+from propensity_dagster.models.base import Fit, by_blocks, compiled
 from propensity_dagster.models.calibration import Floats, Ints, log_loss
 from propensity_dagster.models.dataset import Dataset
 from propensity_dagster.models.preprocess import OneHot, Scaling
@@ -42,30 +43,28 @@ class NetworkScorer:
 
     def log_odds(self, X: Floats) -> Floats:
         """Log-odds (n,)."""
-        return by_blocks(lambda rows: self.output(self.inputs(rows)), X)
+        kernels = compiled(len(X))
+        return by_blocks(lambda rows: self.output(self.inputs(rows, kernels), kernels), X)
 
     def forward(self, numbers: Floats, codes: Ints) -> Floats:
         """Log-odds (n,) of scaled numbers (n, k) and category codes (n, c)."""
         return self.output(self._joined(numbers, codes))
 
-    def inputs(self, X: Floats) -> Floats:
+    def inputs(self, X: Floats, kernels: ModuleType | None = None) -> Floats:
         """What the first layer reads (n, i): scaled numbers and indicators, then embeddings."""
-        return self._joined(self.scaling.apply(X), self.one_hot.codes(X))
+        return self._joined(self.scaling.apply(X, kernels), self.one_hot.codes(X))
 
     def _joined(self, numbers: Floats, codes: Ints) -> Floats:
         embedded = [table[codes[:, i]] for i, table in enumerate(self.embeddings)]
         out = np.empty((len(numbers), len(self.layers[0][0])))  # row by row, whatever the order of the numbers
         return np.concatenate([numbers, *embedded], axis=1, out=out)
 
-    def output(self, hidden: Floats) -> Floats:
+    def output(self, hidden: Floats, kernels: ModuleType | None = None) -> Floats:
         """Log-odds (n,) of the first layer's inputs (n, i)."""
+        activate = _silu if kernels is None else kernels.silu
         for weights, bias in self.layers[:-1]:
             hidden = _product(hidden, weights)
-            hidden += bias
-            growth = np.negative(hidden)
-            np.exp(growth, out=growth)
-            growth += 1
-            hidden /= growth  # SiLU
+            activate(hidden, bias)
         weights, bias = self.layers[-1]
         return (_product(hidden, weights) + bias)[:, 0]
 
@@ -189,6 +188,15 @@ class NeuralNetworkEstimator:
         layers = tuple((array(layer.weight).T.copy(), array(layer.bias)) for layer in network["layers"])
         layers[-1][1][:] += correction
         return NetworkScorer(scaling, one_hot, embeddings, layers)
+
+
+def _silu(hidden: Floats, bias: Floats) -> None:
+    """x / (1 + exp(-x)) of x = hidden + bias, in place of hidden."""
+    hidden += bias
+    growth = np.negative(hidden)
+    np.exp(growth, out=growth)
+    growth += 1
+    hidden /= growth
 
 
 def _product(rows: Floats, weights: Floats) -> Floats:

@@ -1,6 +1,7 @@
 """Imputation, scaling and encoding for models that need them. Fitted on training rows, saved with the model."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,11 @@ class Scaling:
                 indicators.append(position)
         return cls(columns, np.array(means), np.array(scales), tuple(indicators))
 
-    def apply(self, X: Floats) -> Floats:
-        """Scaled numbers followed by indicators, (n, numbers + indicators), column by column."""
+    def apply(self, X: Floats, kernels: ModuleType | None = None) -> Floats:
+        """Scaled numbers followed by indicators, (n, numbers + indicators), column by column.
+
+        With kernels, which want their arrays in one piece, of one block of rows.
+        """
         columns, indicators = list(self.columns), list(self.indicators)
         out = np.empty((len(columns) + len(indicators), len(X)))
         for start in range(0, len(X), BLOCK_ROWS):
@@ -52,11 +56,14 @@ class Scaling:
             values = X.T[columns, rows]
             missing = np.isnan(values)
             numbers = out[: len(columns), rows]
-            _signed_log(values, numbers)
-            numbers -= self.mean[:, None]
-            numbers /= self.scale[:, None]
-            np.clip(numbers, -_CLIP, _CLIP, out=numbers)
-            numbers *= ~missing
+            if kernels is not None:
+                kernels.scale(np.ascontiguousarray(values), self.mean, self.scale, _CLIP, numbers)
+            else:
+                _signed_log(values, numbers)
+                numbers -= self.mean[:, None]
+                numbers /= self.scale[:, None]
+                np.clip(numbers, -_CLIP, _CLIP, out=numbers)
+                numbers *= ~missing
             out[len(columns) :, rows] = missing[indicators]
         return out.T
 

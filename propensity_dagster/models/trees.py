@@ -9,14 +9,13 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from propensity_dagster.models.base import Fit, threads
+from propensity_dagster.models.base import MANY_ROWS, Fit, threads
 from propensity_dagster.models.calibration import Floats
 from propensity_dagster.models.dataset import Dataset
 
 logger = logging.getLogger(__name__)
 
 _FILE = "trees.txt"
-_MANY_ROWS = 32_768
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class TreesScorer:
 
     def log_odds(self, X: Floats) -> Floats:
         """Raw scores (n,): of many rows by bit vectors, which need a moment to be made, and are the same."""
-        forest = self._forest if len(X) >= _MANY_ROWS else None
+        forest = self._forest if len(X) >= MANY_ROWS else None
         if forest is not None:
             return forest.log_odds(X)
         return self.booster.predict(X, raw_score=True, num_threads=threads())
