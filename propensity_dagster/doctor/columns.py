@@ -13,7 +13,6 @@ import ibis
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.engine import Engine
@@ -204,6 +203,8 @@ def _held_out_rates(codes: NDArray[np.int64], y: NDArray[np.float64]) -> NDArray
 
 def _auc(values: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Area under the ROC curve by ranks (Hanley and McNeil 1982)."""
+    from scipy.stats import rankdata
+
     ranks = rankdata(values)
     positives = y.sum()
     return float((ranks[y > 0].sum() - positives * (positives + 1) / 2) / (positives * (len(y) - positives)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm, rankdata
+from scipy.special import ndtri
 
 from propensity_dagster.evaluation.bootstrap import entity_weights
 
@@ -177,6 +177,8 @@ def comparability(
         chance: to be treated (n,), by a model of the features that did not see the row.
         share: of the treated, as it was drawn.
     """
+    from scipy.stats import binomtest, rankdata
+
     n1, n0 = int(treated.sum()), int((~treated).sum())
     p_value = float(binomtest(n1, n1 + n0, share).pvalue)
     balance = _balance(X, names, categorical, treated)
@@ -190,7 +192,7 @@ def comparability(
             f"{n1:,} of {n1 + n0:,} are treated, {share:.1%} should be (p = {p_value:.1g}): units were lost, or the "
             "share is another"
         )
-    critical = float(norm.ppf(1 - _SMD_ALPHA / 2 / max(len(balance), 1))) * np.sqrt(1 / n1 + 1 / n0)
+    critical = float(ndtri(1 - _SMD_ALPHA / 2 / max(len(balance), 1))) * np.sqrt(1 / n1 + 1 / n0)
     unlike = [name for name, smd in balance.items() if abs(smd) > max(_SMD, critical)]
     if unlike:
         some = ", ".join(f"{name} ({balance[name]:+.2f} standard deviations)" for name in unlike[:3])

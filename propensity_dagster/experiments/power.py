@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from propensity_dagster.errors import ConfigError
 from propensity_dagster.experiments.sequential import always_valid_factor
@@ -71,15 +71,15 @@ def power(
         )
     # Variance of the difference, times n.
     one = (1 - explained) * ((variance if treated is None else treated) / share + variance / (1 - share))
-    found = float(norm.ppf(power))
+    found = float(ndtri(power))
 
     def needed(factor: float) -> float:
         return one * ((factor + found) / (effect * mean)) ** 2
 
-    once = needed(float(norm.ppf(1 - alpha / 2)))
+    once = needed(float(ndtri(1 - alpha / 2)))
     peeking = once
     for _ in range(100):  # the factor grows by a logarithm of n: the steps shrink fast
         peeking = needed(float(always_valid_factor(peeking, planned, alpha)))
-    detectable = (float(norm.ppf(1 - alpha / 2)) + found) * np.sqrt(one / planned) / mean
+    detectable = (float(ndtri(1 - alpha / 2)) + found) * np.sqrt(one / planned) / mean
     days = [None if not daily else int(np.ceil(n / daily)) for n in (once, peeking)]
     return Power(int(np.ceil(once)), int(np.ceil(peeking)), days[0], days[1], float(detectable))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy.stats import chisquare, norm
+from scipy.special import ndtri
 
 from propensity_dagster.campaign_sections import CONVERSION, Experiment, Metric
 from propensity_dagster.data.days import pc
@@ -35,6 +35,8 @@ def sample_ratio(experiment: Experiment, counts: Mapping[str, int]) -> dict[str,
     Raises:
         DataContractError: for a variant that the experiment does not have.
     """
+    from scipy.stats import chisquare
+
     unknown = sorted(set(counts) - set(experiment.variants))
     if unknown:
         raise DataContractError(
@@ -107,7 +109,7 @@ def _compare(
         for variant, result in ((v, r[name]) for v, r in results.items()):
             pair = int(pc.sum(pc.is_in(units["variant"], pa.array([experiment.control, variant]))).as_py())
             factor = always_valid_factor(pair, experiment.planned_units, experiment.alpha)
-            widen = float(factor) / float(norm.ppf(1 - experiment.alpha / 2))
+            widen = float(factor) / float(ndtri(1 - experiment.alpha / 2))
             absolute = Estimate(result.effect_size, result.effect_size_ci_lower, result.effect_size_ci_upper)
             relative = Estimate(
                 result.rel_effect_size, result.rel_effect_size_ci_lower, result.rel_effect_size_ci_upper
@@ -181,7 +183,7 @@ def _segments(experiment: Experiment, units: pa.Table, metric: Metric, covariate
     by chance is not shown as if it were real.
     """
     found: list[dict[str, Any]] = []
-    z = float(norm.ppf(1 - experiment.alpha / 2))
+    z = float(ndtri(1 - experiment.alpha / 2))
     for column in (c for c in units.column_names if c.startswith("segment__")):
         rows: list[dict[str, Any]] = []
         for value in sorted(str(v) for v in pc.unique(units[column]).to_pylist()):

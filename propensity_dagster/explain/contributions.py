@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from propensity_dagster.explain.trees import build_tables, tree_contributions
 from propensity_dagster.models.base import FittedModel, threads
 from propensity_dagster.models.baseline import CellScorer, cells_of
 from propensity_dagster.models.calibration import Floats
@@ -85,6 +84,8 @@ class Explainer:
 
 def _explainer(scorer: Any, reference: Floats) -> _Explain:
     if isinstance(scorer, TreesScorer):
+        from propensity_dagster.explain.trees import build_tables, tree_contributions
+
         tables = build_tables(scorer.booster)
         return lambda X: tree_contributions(scorer.booster, tables, X)
     if isinstance(scorer, LinearScorer):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 Floats = NDArray[np.float64]
@@ -103,6 +102,8 @@ def _minimize_logistic(columns: Floats, y: Floats, start: Floats, lower: list[fl
     def loss(w: Floats) -> tuple[float, Floats]:
         z = columns @ w
         return log_loss(z, y), columns.T @ (expit(z) - y) / len(y)
+
+    from scipy.optimize import minimize
 
     bounds = [(b, None) for b in lower]
     result = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"gtol": 1e-9, "ftol": 1e-14})

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from propensity_dagster.models.base import Fit, FittedModel
@@ -72,6 +71,8 @@ class EnsembleEstimator:
         def loss(w: Floats) -> tuple[float, Floats]:
             z = columns @ w
             return log_loss(z, validate.y), columns.T @ (expit(z) - validate.y) / len(z)
+
+        from scipy.optimize import minimize
 
         start = np.full(len(self.members), 1 / len(self.members))
         result = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))

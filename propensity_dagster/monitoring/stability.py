@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2, false_discovery_control, fisher_exact
+from scipy.special import chdtrc
 
 from propensity_dagster.models.population import SMOOTHING, Counts, index_terms
 
@@ -73,6 +73,8 @@ def judge_stability(
     Returns:
         A judgement per column. Under equal distributions the chance that any column is not "none" is at most 0.5%.
     """
+    from scipy.stats import false_discovery_control
+
     tested = {
         name: (_tested_share if name in shares else _tested)(reference, current, reference_size)
         for name, (reference, current) in counts.items()
@@ -116,11 +118,13 @@ def _tested(reference: Counts, current: Counts, reference_size: float | None) ->
     scale = 1 / n + 1 / m
     p, q = (b + SMOOTHING) / (n + SMOOTHING * size), (a + SMOOTHING) / (a.sum() + SMOOTHING * size)
     statistic = float(((p - q) * np.log(p / q)).sum()) / scale
-    return scale * (size - 1), float(chi2.sf(statistic, size - 1))
+    return scale * (size - 1), float(chdtrc(size - 1, statistic))
 
 
 def _tested_share(reference: Counts, current: Counts, reference_size: float | None) -> tuple[float, float]:
     """The same of two buckets, by Fisher's exact test: a share that was zero until now has no large sample."""
+    from scipy.stats import fisher_exact
+
     m = float(reference.sum())
     known = reference * min(reference_size / m, 1.0) if reference_size and m else reference
     table = np.array([known.round(), current], dtype=np.int64)
