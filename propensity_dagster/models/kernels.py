@@ -27,6 +27,7 @@ _E2, _E3, _E4, _E5, _E6, _E7, _E8, _E9, _E10, _E11, _E12 = (1 / math.factorial(i
 _G1, _G2, _G3 = 6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01
 _G4, _G5 = 2.222219843214978396e-01, 1.818357216161805012e-01
 _G6, _G7 = 1.531383769920937332e-01, 1.479819860511658591e-01
+# error_model: a division that may raise, as Numba has it otherwise, is a branch, and then nothing is taken at once.
 
 
 @numba.njit(inline="always", error_model="numpy")
