@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from scipy.special import ndtr, ndtri
 
 from propensity_dagster.campaign import Campaign
 from propensity_dagster.data.days import pc
@@ -149,9 +150,7 @@ def _carried_on(within: float, pace: float) -> float:
     Between two normal distributions d standard deviations apart the AUC is Phi(d / sqrt 2). The middles of the outer
     quarters are three quarters of the span apart.
     """
-    from scipy.stats import norm
-
-    return float(norm.cdf(norm.ppf(within) * pace / _APART)) if within > 0.5 else 0.5
+    return float(ndtr(ndtri(within) * pace / _APART)) if within > 0.5 else 0.5
 
 
 def _classify(
@@ -189,9 +188,7 @@ def _train(X: Floats, y: Floats, categorical: Sequence[int], seed: int) -> Any:
 
 
 def _p_value(found: float, m: float, n: float) -> float:
-    from scipy.stats import norm
-
-    return float(norm.sf((found - 0.5) / np.sqrt((n + m + 1) / (12 * n * m))))
+    return float(ndtr((0.5 - found) / np.sqrt((n + m + 1) / (12 * n * m))))
 
 
 def _named(names: Sequence[str], gain: Floats) -> tuple[tuple[str, float], ...]:
