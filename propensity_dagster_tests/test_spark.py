@@ -32,12 +32,12 @@ EXAMPLES = {"cdnow": "cdnow.yaml", "online_retail": "online_retail.yaml"}
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory):
-    """A session of two cores that cuts tables into many more parts than that."""
+    """A session of two cores that cuts tables into more parts than that."""
     with open_spark("local[2]", tmp_path_factory.mktemp("spark"), memory_gb=1.0, threads=2) as opened:
         opened.session.conf.set("spark.sql.files.maxPartitionBytes", "2m")
         opened.session.conf.set("spark.sql.files.openCostInBytes", "16k")
         opened.session.conf.set("spark.sql.adaptive.coalescePartitions.enabled", "false")
-        opened.session.conf.set("spark.sql.shuffle.partitions", "5")
+        opened.session.conf.set("spark.sql.shuffle.partitions", "3")
         yield opened
 
 

@@ -54,6 +54,7 @@ def environment(home: Home, engine_url: str, **more: str) -> dict[str, str]:
         "PROPENSITY_ENGINE": engine_url,
         "PROPENSITY_MEMORY_GB": "1",
         "SPARK_LOCAL_IP": "127.0.0.1",
+        "SPARK_SUBMIT_OPTS": os.environ["SPARK_SUBMIT_OPTS"],
         **more,
     }
 

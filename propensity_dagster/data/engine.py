@@ -35,7 +35,6 @@ _SQL_TYPES = {
 }
 BATCH_ROWS = 65_536
 BatchFunction = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
-_MANY_QUERIES = 3
 _ANY_DAY = 2_000_000_011  # no day of anybody's, and no number of a query
 
 
@@ -123,16 +122,9 @@ class Engine:
         self.backend.raw_sql(f'CREATE TEMP TABLE "{name}" AS {self.prepare(expression)}')
         return self.backend.table(name)
 
-    def by_key(self, table: ibis.Table, key: str, order: str, queries: int) -> ibis.Table:
-        """A table laid out so that queries which group by `key` are cheap, where so many of them are worth it.
-
-        In a scratch file, for a table in the engine that does not fit its memory is spilled and read back for each one.
-        """
-        if queries < _MANY_QUERIES:
-            return table
-        file = self.scratch / f"{ibis.util.gen_name('by_key')}.parquet"
-        self.publish(table.order_by([key, order]), file)
-        return self.read(file)
+    def by_key(self, table: ibis.Table, key: str) -> ibis.Table:
+        """A table laid out for many queries that group by `key`: here as it is, for the files of months are sorted."""
+        return table
 
     def arrow(self, expression: ibis.Table) -> pa.Table:
         """The rows, with exactly the types the expression states."""
@@ -142,9 +134,9 @@ class Engine:
         """The rows as a stream of record batches."""
         return self.backend.raw_sql(self.prepare(expression)).to_arrow_reader(BATCH_ROWS)
 
-    def publish(self, expression: ibis.Table, file: Path) -> None:
-        """Write the rows, in their stated order, as one parquet file."""
-        self.publish_query(self.prepare(expression), file)
+    def publish(self, expression: ibis.Table, file: Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write the rows, in their stated order, as one parquet file. Notes are of the file, not of its rows."""
+        self.publish_query(self.prepare(expression), file, notes)
 
     def prepare(self, expression: ibis.Table) -> str:
         """SQL with every column cast: DuckDB sums integers to HUGEINT, which parquet stores as DOUBLE.
@@ -157,11 +149,12 @@ class Engine:
             columns.append(f"CAST({column} AS {self.types[kind]}) AS {column}" if kind in self.types else column)
         return f"SELECT {', '.join(columns)} FROM ({self.backend.compile(expression)})"
 
-    def publish_query(self, query: str, file: Path) -> None:
+    def publish_query(self, query: str, file: Path, notes: Mapping[str, str] | None = None) -> None:
         """Write the rows of a prepared query as one parquet file."""
-        # Scratch is read once or twice, and gone: not worth compressing.
-        compression = "uncompressed" if file.is_relative_to(self.scratch) else "zstd"
-        options = f"FORMAT PARQUET, COMPRESSION {compression}, ROW_GROUP_SIZE 122880"
+        options = "FORMAT PARQUET, COMPRESSION zstd, ROW_GROUP_SIZE 122880"
+        if notes:
+            noted = ", ".join(f"{name}: '{_quoted(note)}'" for name, note in notes.items())
+            options += f", KV_METADATA {{{noted}}}"
         with publishing(file) as temporary, _disk_errors(file):
             self.backend.raw_sql(f"COPY ({query}) TO '{_quoted(temporary)}' ({options})")
 

@@ -108,7 +108,7 @@ class SparkEngine(Engine):
         """Compute once, keep in the scratch folder: an executor that dies takes nothing with it."""
         return self.read(self._written(self.prepare(expression)))
 
-    def by_key(self, table: ibis.Table, key: str, order: str, queries: int) -> ibis.Table:
+    def by_key(self, table: ibis.Table, key: str) -> ibis.Table:
         """A table cut by `key` and kept by the executors: to group and join by it moves nothing between them."""
         parts = int(self.session.conf.get("spark.sql.shuffle.partitions"))
         frame = self.session.sql(self.prepare(table)).repartition(parts, key).persist()
@@ -125,12 +125,13 @@ class SparkEngine(Engine):
         """The rows as a stream of record batches, in their stated order."""
         return _collect(self._written(self.prepare(expression)))
 
-    def publish_query(self, query: str, file: Path) -> None:
+    def publish_query(self, query: str, file: Path, notes: Mapping[str, str] | None = None) -> None:
         """Write the rows of a prepared query as one parquet file."""
         folder = self._written(query)
         reader = _collect(folder)
         with publishing(file) as temporary:
-            writer = pq.ParquetWriter(temporary, reader.schema, compression="zstd")
+            schema = reader.schema.with_metadata(dict(notes)) if notes else reader.schema
+            writer = pq.ParquetWriter(temporary, schema, compression="zstd")
             for group in _groups(reader):
                 writer.write_table(group, row_group_size=ROW_GROUP)
             writer.close()

@@ -27,6 +27,7 @@ from propensity_dagster.data.days import day_index, days_between
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.ingest import newest_event_day
 from propensity_dagster.data.lake import Home
+from propensity_dagster.data.months import read_months
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import DataContractError, InsufficientDataError
 from propensity_dagster.features.activity import ACTIVITY, CATEGORIES, activity_columns
@@ -140,9 +141,9 @@ def open_inputs(
     end = last + timedelta(days=campaign.outcome_end_days - 1 if with_outcomes else -1)
     days = days_between(start, end)
     entities = engine.read(lake.existing(entity_table(campaign)))
-    activity = engine.read(lake.existing_days(ACTIVITY, days))
+    activity = engine.read(read_months(ACTIVITY, days, campaign.key, lake, engine))
     has_categories = any(stream.categories for stream in campaign.source.streams.values())
-    categories = engine.read(lake.existing_days(CATEGORIES, days)) if has_categories else None
+    categories = engine.read(read_months(CATEGORIES, days, campaign.key, lake, engine)) if has_categories else None
     return Inputs(entities, activity, categories, campaign_features(campaign, entities))
 
 

@@ -7,7 +7,6 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -72,7 +71,7 @@ def publish_features(campaign: EventCampaign, snapshots: Sequence[date], home: H
     """Compute and publish `features` of these snapshots, reading the activity once."""
     ordered = sorted(snapshots)
     inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False)
-    return _publish_features(campaign, ordered, home, engine, _reused(inputs, ordered, engine, campaign))
+    return _publish_features(campaign, ordered, home, engine, _reused(inputs, campaign.key, engine))
 
 
 def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> LabelsReport:
@@ -89,7 +88,7 @@ def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Hom
             f"{campaign.outcome_end_days} days is not over; the newest mature snapshot is {mature_until}"
         )
     inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=True)
-    return _publish_labels(campaign, ordered, home, engine, _reused(inputs, ordered, engine, campaign))
+    return _publish_labels(campaign, ordered, home, engine, _reused(inputs, campaign.key, engine))
 
 
 def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) -> TrainingSetReport:
@@ -109,7 +108,7 @@ def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) ->
     require_out_of_time(plan)
     used = [s.snapshot for s in plan if s.split != EMBARGO]
     inputs = open_inputs(campaign, home, engine, first=used[0], last=used[-1], with_outcomes=True)
-    inputs = _reused(inputs, used, engine, campaign)
+    inputs = _reused(inputs, campaign.key, engine)
     _publish_features(campaign, used, home, engine, inputs)
     labels = _publish_labels(campaign, used, home, engine, inputs)
     _require_both_outcomes(campaign, plan, labels)
@@ -135,15 +134,10 @@ def _newest_event(mature: date, campaign: EventCampaign) -> date:
     return date.fromordinal(mature.toordinal() + campaign.outcome_end_days + campaign.source.late_days)
 
 
-def _reused(inputs: Inputs, snapshots: Sequence[date], engine: Engine, campaign: EventCampaign) -> Inputs:
+def _reused(inputs: Inputs, key: str, engine: Engine) -> Inputs:
     """What every snapshot reads, laid out by entity once."""
-
-    def laid_out(table: ibis.Table, order: str) -> ibis.Table:
-        return engine.by_key(table, campaign.key, order, len(snapshots))
-
-    categories = laid_out(inputs.categories, "day") if inputs.categories is not None else None
-    entities = laid_out(inputs.entities, "created_at")
-    return Inputs(entities, laid_out(inputs.activity, "day"), categories, inputs.features)
+    categories = engine.by_key(inputs.categories, key) if inputs.categories is not None else None
+    return Inputs(engine.by_key(inputs.entities, key), engine.by_key(inputs.activity, key), categories, inputs.features)
 
 
 def _publish_features(

@@ -1,0 +1,112 @@
+"""Copies of months: the rows of the days, read only while they are."""
+
+import multiprocessing
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from propensity_dagster.data.days import days_between
+from propensity_dagster.data.engine import open_engine
+from propensity_dagster.data.lake import Home, Lake, publish_table
+from propensity_dagster.data.months import read_months
+from propensity_dagster.errors import DataContractError
+
+DAYS = days_between(date(2024, 1, 20), date(2024, 4, 10))
+MADE = "activity_months/month=2024-02-01/part.parquet"
+
+
+def rows_of(day: date, seed: int = 0) -> pa.Table:
+    rng = np.random.default_rng([day.toordinal(), seed])
+    keys = [f"c{k}" for k in rng.permutation(50)[:20]]
+    day_number = pa.array([day.toordinal()] * 20, pa.int32())
+    return pa.table({"customer_id": keys, "day": day_number, "n": rng.integers(1, 9, 20)})
+
+
+@pytest.fixture
+def lake(tmp_path) -> Lake:
+    lake = Home(tmp_path).lake("shop")
+    for day in DAYS:
+        publish_table(rows_of(day), lake.target("activity", "day", day))
+    return lake
+
+
+def read(lake: Lake, engine, days=DAYS) -> tuple[list[Path], pa.Table]:
+    files = read_months("activity", days, "customer_id", lake, engine)
+    return files, in_order(pa.concat_tables([pq.read_table(file) for file in files]))
+
+
+def in_order(table: pa.Table) -> pa.Table:
+    return table.sort_by([("customer_id", "ascending"), ("day", "ascending")]).combine_chunks()
+
+
+def expected(days=DAYS, seeds=()) -> pa.Table:
+    changed = dict(seeds)
+    return in_order(pa.concat_tables([rows_of(day, changed.get(day, 0)) for day in days]))
+
+
+def test_whole_months_are_read_from_one_file_in_the_order_of_the_key(lake, engine):
+    files, rows = read(lake, engine)
+    assert rows.equals(expected())
+    names = [file.parent.name for file in files]
+    assert names[:3] == ["month=2024-01-01", "month=2024-02-01", "month=2024-03-01"], "the log begins in January"
+    assert names[3:] == [f"day={day}" for day in DAYS if day.month == 4], "April is not over"
+    february = pq.read_table(lake.root / MADE)
+    assert february.equals(in_order(february))
+
+
+@pytest.mark.parametrize("last", [date(2024, 2, 28), date(2024, 2, 29), date(2024, 3, 1)])
+def test_a_month_is_whole_with_its_last_day(lake, engine, last):
+    days = [day for day in DAYS if day <= last]
+    assert read(lake, engine, days)[1].equals(expected(days))
+    assert (lake.root / MADE).exists() == (last >= date(2024, 2, 29))
+
+
+def test_a_copy_is_kept_until_one_of_its_days_changes(lake, engine):
+    read(lake, engine)
+    first = (lake.root / MADE).stat().st_mtime_ns
+    read(lake, engine)
+    assert (lake.root / MADE).stat().st_mtime_ns == first
+    changed = date(2024, 2, 14)
+    publish_table(rows_of(changed, 1), lake.target("activity", "day", changed))
+    assert read(lake, engine)[1].equals(expected(seeds={changed: 1}.items()))
+
+
+def test_a_log_that_begins_earlier_than_it_did_is_copied_again(lake, engine):
+    read(lake, engine)
+    days = [DAYS[0] - timedelta(days=1), *DAYS]
+    publish_table(rows_of(days[0]), lake.target("activity", "day", days[0]))
+    assert read(lake, engine, days)[1].equals(expected(days))
+
+
+@pytest.mark.parametrize("keep", [0, 3, -20])
+def test_a_copy_that_was_cut_short_is_made_anew(lake, engine, keep):
+    read(lake, engine)
+    (lake.root / MADE).write_bytes((lake.root / MADE).read_bytes()[:keep])
+    assert read(lake, engine)[1].equals(expected())
+
+
+def test_a_day_that_is_missing_is_an_error_though_its_month_was_copied(lake, engine):
+    read(lake, engine)
+    lake.target("activity", "day", date(2024, 2, 14)).unlink()
+    with pytest.raises(DataContractError, match=r"1 of 82 days .* have not been ingested: 2024-02-14"):
+        read(lake, engine)
+
+
+def read_alone(root: Path, start) -> list[str]:
+    start.wait()
+    with open_engine(threads=1) as engine:
+        return [str(file) for file in read_months("activity", DAYS, "customer_id", Home(root).lake("shop"), engine)]
+
+
+def test_a_backfill_and_a_nightly_run_may_make_the_same_copy(lake, engine):
+    context = multiprocessing.get_context("forkserver")
+    with context.Manager() as manager, context.Pool(3) as pool:
+        start = manager.Barrier(3)
+        found = pool.starmap(read_alone, [(lake.root.parents[1], start)] * 3)
+    assert found[0] == found[1] == found[2]
+    assert read(lake, engine)[1].equals(expected())
+    assert not list(lake.root.rglob("*.tmp"))
