@@ -19,9 +19,10 @@ from propensity_dagster.data.days import days_between
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.ingest import ingest_entities, ingest_stream
 from propensity_dagster.data.lake import Home
+from propensity_dagster.data.months import MONTHS, read_months
 from propensity_dagster.data.sources import campaign_calendar, source_folder
 from propensity_dagster.data.validate import validate_entities, validate_stream
-from propensity_dagster.features.activity import build_activity
+from propensity_dagster.features.activity import ORDER, build_activity
 from propensity_dagster.features.snapshots import publish_features
 from propensity_dagster.runtime import DEFAULT_MEMORY_GB
 
@@ -40,6 +41,7 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     return [
         *contest("ingest and validate the visits", sizes, per, {"ours": ingest, by_hand: ingest_by_hand}, folder),
         *contest("activity of all days", sizes, per, {"ours": activity, by_hand: activity_by_hand}, folder),
+        *contest("months of activity", sizes, per, {"ours": months, by_hand: months_by_hand}, folder),
         *contest(
             "features of one snapshot",
             sizes,
@@ -175,6 +177,27 @@ def activity_by_hand(folder: Path, size: int) -> Callable[[], object]:
     return lambda: run_sql(query)
 
 
+def months(folder: Path, size: int) -> Callable[[], object]:
+    """The copies that features read, all of them anew: otherwise one is made a month."""
+    campaign, home = shop(folder, size)
+    for table in ("activity", "activity_categories"):
+        shutil.rmtree(home.lake(campaign.name).root / f"{table}{MONTHS}", ignore_errors=True)
+    return lambda: files_of_features(campaign, home)
+
+
+def months_by_hand(folder: Path, size: int) -> Callable[[], object]:
+    """The same rows of both tables, each sorted in one file."""
+    campaign, home = shop(folder, size)
+    lake = home.lake(campaign.name).root
+    query = "; ".join(
+        f"COPY (SELECT * FROM read_parquet('{lake}/{table}/day=2*/part.parquet', hive_partitioning=false) "
+        f"WHERE day < {(SNAPSHOT - EPOCH).days} ORDER BY customer_id, day) "
+        f"TO '{folder}/{table}-sorted-{size}.parquet' (FORMAT PARQUET, COMPRESSION zstd)"
+        for table in ("activity", "activity_categories")
+    )
+    return lambda: run_sql(query)
+
+
 class FeaturesOf:
     """Features of the newest of so many snapshots, or of all of them. A class, for a process can be sent it."""
 
@@ -202,12 +225,10 @@ def features_by_hand(folder: Path, size: int) -> Callable[[], object]:
 def features_sql(campaign: EventCampaign, home: Home) -> str:
     """What a person would write: a narrow group-by for each window, joined."""
     lake, t = home.lake(campaign.name), (SNAPSHOT - EPOCH).days
-    first, _ = days_of(campaign)
-    days = days_between(first, SNAPSHOT - timedelta(days=1))
-    read: dict[str, str] = {}
-    for table in ("activity", "activity_categories"):
-        files = ", ".join(f"'{lake.partition(table, 'day', d)}'" for d in days)
-        read[table] = f"read_parquet([{files}], hive_partitioning=false)"
+    read = {
+        table: f"read_parquet({[str(file) for file in files]}, hive_partitioning=false)"
+        for table, files in files_of_features(campaign, home).items()
+    }
     measures = {
         "orders": ["count", "amount"],
         "visits": ["count", "pages", "seconds"],
@@ -305,11 +326,21 @@ def features_in_pandas(folder: Path, size: int) -> Callable[[], object]:
     """The same 104 columns of the same rows from the same files, as a notebook has them; tested to be equal."""
     campaign, home = shop(folder, size)
     lake, t = home.lake(campaign.name), (SNAPSHOT - EPOCH).days
-    first, _ = days_of(campaign)
-    days = days_between(first, SNAPSHOT - timedelta(days=1))
-    activity, categories = (lake.existing_days(table, days) for table in ("activity", "activity_categories"))
+    files = files_of_features(campaign, home)
+    activity, categories = files["activity"], files["activity_categories"]
     target = folder / f"features-pandas-{size}.parquet"
     return lambda: pandas_table(activity, categories, lake.file("validated_customers"), t).to_parquet(target)
+
+
+def files_of_features(campaign: EventCampaign, home: Home) -> dict[str, list[Path]]:
+    """What ours reads, by table: sorted months, which are gifts to the peers as well, and the days of the last one."""
+    first, _ = days_of(campaign)
+    days = days_between(first, SNAPSHOT - timedelta(days=1))
+    with open_engine() as engine:
+        return {
+            table: read_months(table, days, [campaign.key, *order], home.lake(campaign.name), engine)
+            for table, order in ORDER.items()
+        }
 
 
 def pandas_table(activity: list[Path], categories: list[Path], customers: Path, t: int) -> Any:

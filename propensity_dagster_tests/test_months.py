@@ -35,7 +35,7 @@ def lake(tmp_path) -> Lake:
 
 
 def read(lake: Lake, engine, days=DAYS) -> tuple[list[Path], pa.Table]:
-    files = read_months("activity", days, "customer_id", lake, engine)
+    files = read_months("activity", days, ["customer_id", "day"], lake, engine)
     return files, in_order(pa.concat_tables([pq.read_table(file) for file in files]))
 
 
@@ -99,7 +99,9 @@ def test_a_day_that_is_missing_is_an_error_though_its_month_was_copied(lake, eng
 def read_alone(root: Path, start) -> list[str]:
     start.wait()
     with open_engine(threads=1) as engine:
-        return [str(file) for file in read_months("activity", DAYS, "customer_id", Home(root).lake("shop"), engine)]
+        return [
+            str(file) for file in read_months("activity", DAYS, ["customer_id", "day"], Home(root).lake("shop"), engine)
+        ]
 
 
 def test_a_backfill_and_a_nightly_run_may_make_the_same_copy(lake, engine):

@@ -23,13 +23,13 @@ MONTHS = "_months"
 _SOURCES = "copied_from"
 
 
-def read_months(table: str, days: Sequence[date], key: str, lake: Lake, engine: Engine) -> list[Path]:
+def read_months(table: str, days: Sequence[date], order: Sequence[str], lake: Lake, engine: Engine) -> list[Path]:
     """Files that hold the rows of these days: of each whole month its copy, of others the days.
 
     Args:
         table: of the lake, with a file for each day.
         days: without a gap, ascending. The first month counts as whole though it begins later.
-        key: the column by which copies are sorted first.
+        order: columns by which copies are sorted, the key first.
         lake: of the campaign.
         engine: makes the copies that are not there, or not of what is there.
 
@@ -47,20 +47,18 @@ def read_months(table: str, days: Sequence[date], key: str, lake: Lake, engine: 
             continue
         copy = lake.target(f"{table}{MONTHS}", "month", month)
         if not _is_copy(copy, parts):
-            _make(copy, parts, key, engine)
+            _make(copy, parts, order, engine)
         files.append(copy)
     return files
 
 
-def _make(copy: Path, parts: Sequence[Path], key: str, engine: Engine) -> None:
+def _make(copy: Path, parts: Sequence[Path], order: Sequence[str], engine: Engine) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     with locked(copy.with_name(".lock")):  # a backfill and a nightly run may both find it missing
         if _is_copy(copy, parts):
             return
         sources = _state(parts)  # before they are read: what changes meanwhile is a reason to copy again
-        rows = engine.local.read(parts)
-        ordered = rows.order_by([key, *(name for name in rows.columns if name != key)])
-        engine.local.publish(ordered, copy, {_SOURCES: sources})
+        engine.local.publish(engine.local.read(parts).order_by(list(order)), copy, {_SOURCES: sources})
 
 
 def _is_copy(copy: Path, parts: Sequence[Path]) -> bool:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 ACTIVITY = "activity"
 CATEGORIES = "activity_categories"
+ORDER = {ACTIVITY: ["day", "known_day"], CATEGORIES: ["day", "known_day", "feature", "value"]}
+"""Columns that with the key say which row of a table one is."""
 
 
 @dataclass(frozen=True)

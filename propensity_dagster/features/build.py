@@ -30,7 +30,7 @@ from propensity_dagster.data.lake import Home
 from propensity_dagster.data.months import read_months
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import DataContractError, InsufficientDataError
-from propensity_dagster.features.activity import ACTIVITY, CATEGORIES, activity_columns
+from propensity_dagster.features.activity import ACTIVITY, CATEGORIES, ORDER, activity_columns
 from propensity_dagster.features.definitions import ALL, Feature, define_features
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,11 @@ def open_inputs(
     end = last + timedelta(days=campaign.outcome_end_days - 1 if with_outcomes else -1)
     days = days_between(start, end)
     entities = engine.read(lake.existing(entity_table(campaign)))
-    activity = engine.read(read_months(ACTIVITY, days, campaign.key, lake, engine))
+    activity = engine.read(read_months(ACTIVITY, days, [campaign.key, *ORDER[ACTIVITY]], lake, engine))
     has_categories = any(stream.categories for stream in campaign.source.streams.values())
-    categories = engine.read(read_months(CATEGORIES, days, campaign.key, lake, engine)) if has_categories else None
+    categories = None
+    if has_categories:
+        categories = engine.read(read_months(CATEGORIES, days, [campaign.key, *ORDER[CATEGORIES]], lake, engine))
     return Inputs(entities, activity, categories, campaign_features(campaign, entities))
 
 
