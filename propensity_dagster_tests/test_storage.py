@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -33,6 +34,19 @@ from propensity_dagster.scoring.candidates import read_evaluation
 from propensity_dagster.scoring.promotion import promote_if_decided, require_champion
 
 TABLE = pa.table({"a": np.arange(1000)})
+
+
+def test_many_write_one_file_at_once(tmp_path):
+    """The last one to finish wins, and nobody takes away what another is writing."""
+    file = tmp_path / "day=2024-01-01" / "part.parquet"
+
+    def write(number: int) -> None:
+        publish_table(pa.table({"n": [number] * 1000}), file)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    assert len(set(pq.read_table(file)["n"].to_pylist())) == 1
+    assert leftovers(tmp_path) == []
 
 
 def leftovers(folder: Path) -> list[str]:

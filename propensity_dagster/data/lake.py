@@ -20,7 +20,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from propensity_dagster.data.objects import ObjectStore, bind, is_alive, store_above, store_of, sync
+from propensity_dagster.data.objects import (
+    ObjectStore,
+    bind,
+    is_alive,
+    remove_of_dead,
+    store_above,
+    store_of,
+    sync,
+    unfinished,
+)
 from propensity_dagster.errors import ConfigError, DataContractError, StorageError
 
 ROW_GROUP = 131_072
@@ -221,11 +230,11 @@ def publishing(file: Path) -> Generator[Path]:
         StorageError: when the disk is full or not writable; `file` is then unchanged. Or when the store of the lake
             refuses: see `ObjectStore.publish`.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = unfinished(file, "tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         for leftover in file.parent.glob(f".{file.name}.*.tmp"):  # of a killed writer
-            leftover.unlink(missing_ok=True)
+            remove_of_dead(leftover)
         yield temporary
         sync(temporary)
         store = store_above(file)

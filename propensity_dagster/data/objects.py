@@ -184,7 +184,7 @@ class ObjectStore:
                 elif not version.whole:
                     staying += 1
         for leftover in self.folder.rglob(".*.fetch"):
-            _remove_of_dead(leftover)
+            remove_of_dead(leftover)
         return staying
 
     def lacking(self) -> list[Path]:
@@ -228,8 +228,8 @@ class ObjectStore:
         filesystem, _ = self._opened
         file.parent.mkdir(parents=True, exist_ok=True)
         for leftover in file.parent.glob(f".{file.name}.*.fetch"):
-            _remove_of_dead(leftover)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.fetch")
+            remove_of_dead(leftover)
+        temporary = unfinished(file, "fetch")
         try:
             filesystem.get_file(version.data, str(temporary))
             if temporary.stat().st_size != version.size or not _checksum(temporary).startswith(version.checksum):
@@ -379,9 +379,19 @@ def _newest_of(versions: Sequence[_Version]) -> dict[Path, _Version]:
     return {version.file: version for version in sorted(whole, key=lambda version: version.stamp)}
 
 
-def _remove_of_dead(leftover: Path) -> None:
-    """A copy that was being made by a process that is gone; its name ends in `<process>-<thread>.fetch`."""
-    if not is_alive(int(leftover.name.split(".")[-2].partition("-")[0])):
+def unfinished(file: Path, suffix: str) -> Path:
+    """Where this thread writes what is to become `file`."""
+    return file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.{suffix}")
+
+
+def remove_of_dead(leftover: Path) -> None:
+    """Remove an unfinished file whose writer is gone. Those of others who write the same at this moment stay."""
+    pid, _, thread = leftover.name.split(".")[-2].partition("-")
+    if int(pid) == os.getpid():  # or a dead one had this number: in a container it often has
+        lives = thread in {str(one.ident) for one in threading.enumerate()}
+    else:
+        lives = is_alive(int(pid))
+    if not lives:
         leftover.unlink(missing_ok=True)
 
 
