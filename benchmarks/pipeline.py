@@ -180,7 +180,7 @@ def activity_by_hand(folder: Path, size: int) -> Callable[[], object]:
 def months(folder: Path, size: int) -> Callable[[], object]:
     """The copies that features read, all of them anew: otherwise one is made a month."""
     campaign, home = shop(folder, size)
-    for table in ("activity", "activity_categories"):
+    for table in ORDER:
         shutil.rmtree(home.lake(campaign.name).root / f"{table}{MONTHS}", ignore_errors=True)
     return lambda: files_of_features(campaign, home)
 
@@ -193,7 +193,7 @@ def months_by_hand(folder: Path, size: int) -> Callable[[], object]:
         f"COPY (SELECT * FROM read_parquet('{lake}/{table}/day=2*/part.parquet', hive_partitioning=false) "
         f"WHERE day < {(SNAPSHOT - EPOCH).days} ORDER BY customer_id, day) "
         f"TO '{folder}/{table}-sorted-{size}.parquet' (FORMAT PARQUET, COMPRESSION zstd)"
-        for table in ("activity", "activity_categories")
+        for table in ORDER
     )
     return lambda: run_sql(query)
 

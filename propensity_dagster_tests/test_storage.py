@@ -49,6 +49,22 @@ def test_many_write_one_file_at_once(tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_a_folder_that_is_being_written_is_not_taken_away_by_another_writer(tmp_path):
+    folder = tmp_path / "model"
+
+    def write(content: str) -> None:
+        with publishing_folder(folder) as staging:
+            (staging / "trees.txt").write_text(content)
+
+    with publishing_folder(folder) as staging:
+        (staging / "trees.txt").write_text("mine")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(write, "theirs").result()
+        assert (folder / "trees.txt").read_text() == "theirs"
+    assert (folder / "trees.txt").read_text() == "mine"
+    assert leftovers(tmp_path) == []
+
+
 def leftovers(folder: Path) -> list[str]:
     return [p.name for p in folder.rglob(".*")]
 

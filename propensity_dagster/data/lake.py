@@ -251,15 +251,14 @@ def publishing(file: Path) -> Generator[Path]:
 @contextmanager
 def publishing_folder(folder: Path) -> Generator[Path]:
     """Yield a temporary folder; on success it takes the place of `folder`, else it is removed."""
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    retired = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    staging, retired = unfinished(folder, "tmp"), unfinished(folder, "old")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in [
             *folder.parent.glob(f".{folder.name}.*.tmp"),
             *folder.parent.glob(f".{folder.name}.*.old"),
         ]:
-            shutil.rmtree(leftover, ignore_errors=True)
+            remove_of_dead(leftover)
         staging.mkdir()
         yield staging
         for path in [*staging.rglob("*"), staging]:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -380,18 +381,22 @@ def _newest_of(versions: Sequence[_Version]) -> dict[Path, _Version]:
 
 
 def unfinished(file: Path, suffix: str) -> Path:
-    """Where this thread writes what is to become `file`."""
+    """Where this thread writes what is to become a file or a folder."""
     return file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.{suffix}")
 
 
 def remove_of_dead(leftover: Path) -> None:
-    """Remove an unfinished file whose writer is gone. Those of others who write the same at this moment stay."""
+    """Remove an unfinished file or folder whose writer is gone. Those of others who write it at this moment stay."""
     pid, _, thread = leftover.name.split(".")[-2].partition("-")
     if int(pid) == os.getpid():  # or a dead one had this number: in a container it often has
         lives = thread in {str(one.ident) for one in threading.enumerate()}
     else:
         lives = is_alive(int(pid))
-    if not lives:
+    if lives:
+        return
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
         leftover.unlink(missing_ok=True)
 
 
