@@ -22,6 +22,13 @@ from propensity_dagster_tests import postgres
 from propensity_dagster_tests.served import free_port, wait_until
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+LONGEST = ("test_spark.py", "test_spark_cluster.py", "test_serving.py", "test_known_answers.py", "test_examples.py")
+"""Files of several minutes, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long is begun first: a worker that gets it last works on while the others have nothing left."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def shop_file(folder: Path, **changes) -> Path:

@@ -117,7 +117,7 @@ def shipped(name: str, folder: Path):
 
 
 def fewer_snapshots(campaign):
-    stated = campaign.snapshots.model_copy(update={"train": 2, "validate": 1, "test": 1})
+    stated = campaign.snapshots.model_copy(update={"train": 2, "validate_": 1, "test": 1})
     return campaign.model_copy(update={"snapshots": stated})
 
 
