@@ -9,8 +9,8 @@ before t; labels read days in [t + gap, t + gap + horizon).
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import reduce
 from itertools import pairwise
@@ -42,12 +42,16 @@ AsOf = date | ir.IntegerValue
 
 @dataclass(frozen=True)
 class Inputs:
-    """What features are computed from, as engine tables, and the feature list."""
+    """What features are computed from, as engine tables, and the feature list.
+
+    `gaps`: by stream, what `share_gaps` has computed for all snapshots.
+    """
 
     entities: ibis.Table
     activity: ibis.Table
     categories: ibis.Table | None
     features: list[Feature]
+    gaps: Mapping[str, ibis.Table] = field(default_factory=dict[str, ibis.Table])
 
 
 def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> ibis.Table:
@@ -56,7 +60,10 @@ def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> i
     known = inputs.activity.filter((inputs.activity.known_day < _day(as_of)) & (inputs.activity.day < cut))
     parts = [_span(campaign, known, cut, *span) for span in _spans(campaign)]
     recent = known.filter(known.day >= cut - campaign.longest_window)
-    parts += [_rhythm(campaign, recent, name, s) for name, s in campaign.source.streams.items() if not s.type]
+    for name, stream in campaign.source.streams.items():
+        if not stream.type:
+            gaps = inputs.gaps[name] if name in inputs.gaps else _gaps(campaign, recent, name)
+            parts.append(_rhythm(campaign, gaps, cut, name))
     if inputs.categories is not None:
         parts += _distinct(campaign, inputs.categories, as_of=as_of)
     entities = _known_entities(campaign, inputs.entities, as_of=as_of)
@@ -65,6 +72,19 @@ def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> i
     eligible = joined.filter(_eligible(campaign, joined, cut, as_of=as_of))
     columns = {feature.name: feature.expression(eligible) for feature in inputs.features}
     return eligible.select(campaign.key, **columns).order_by(campaign.key)
+
+
+def share_gaps(campaign: EventCampaign, inputs: Inputs, engine: Engine, *, first: date, last: date) -> Inputs:
+    """The same inputs with the gaps between active days that snapshots from `first` to `last` count, computed once.
+
+    They take a fifth of a snapshot's time. Where events become known later, each snapshot has gaps of its own.
+    """
+    oldest = _day(first) - campaign.source.late_days - campaign.longest_window
+    rows = inputs.activity
+    rows = rows.filter((rows.day >= oldest) & (rows.day < _day(last) - campaign.source.late_days))
+    streams = [name for name, s in campaign.source.streams.items() if not s.type and not s.ingested_at]
+    gaps = {name: engine.by_key(engine.cache(_gaps(campaign, rows, name)), campaign.key) for name in streams}
+    return replace(inputs, gaps=gaps)
 
 
 def build_labels(campaign: EventCampaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf) -> ibis.Table:
@@ -228,18 +248,24 @@ def _totals(campaign: EventCampaign) -> list[str]:
     return [column for column in activity_columns(campaign) if column != "outcome_count"]
 
 
-def _rhythm(campaign: EventCampaign, recent: ibis.Table, name: str, stream: Stream) -> ibis.Table:
-    """Number, sum and sum of squares of the days between consecutive days with events."""
-    days = recent.filter(recent[f"{name}__count"] > 0).select(campaign.key, "day")
-    if stream.ingested_at:  # an entity may have several rows a day, as late events became known
+def _gaps(campaign: EventCampaign, rows: ibis.Table, name: str) -> ibis.Table:
+    """Days with events, each with the one before it; the first of each entity has none and is left out."""
+    days = rows.filter(rows[f"{name}__count"] > 0).select(campaign.key, "day")
+    if campaign.source.streams[name].ingested_at:  # an entity may have several rows a day, as late events became known
         days = days.distinct()
-    previous = days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day"))
-    gaps = days.mutate(gap=(days.day - previous).cast("int64"))
+    gaps = days.mutate(previous=days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day")))
+    return gaps.filter(gaps.previous.notnull())
+
+
+def _rhythm(campaign: EventCampaign, gaps: ibis.Table, cut: Any, name: str) -> ibis.Table:
+    """Number, sum and sum of squares of the days between consecutive days with events, both in the longest window."""
+    gaps = gaps.filter((gaps.day < cut) & (gaps.previous >= cut - campaign.longest_window))
+    gap = (gaps.day - gaps.previous).cast("int64")
     return gaps.group_by(campaign.key).aggregate(
         **{
-            f"{name}__gaps": gaps.gap.count(),
-            f"{name}__gap_sum": gaps.gap.sum().cast("int64"),
-            f"{name}__gap_squares": (gaps.gap * gaps.gap).sum().cast("int64"),
+            f"{name}__gaps": gap.count(),
+            f"{name}__gap_sum": gap.sum().cast("int64"),
+            f"{name}__gap_squares": (gap * gap).sum().cast("int64"),
         }
     )
 
