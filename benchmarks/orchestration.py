@@ -41,7 +41,7 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
             rounds=2,
         ),
         *contest(
-            "record a run", [30, 120, 365], "partitions", {"ours": record_ours, "Dagster's": record_theirs}, folder
+            "record a run", [30, 120, 365], "partitions", {"ours": record_ours, "Dagster's": record_theirs}, folder, 2
         ),
         *contest(
             "load campaign files",

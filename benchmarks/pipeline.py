@@ -39,8 +39,8 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     per = "customers"
     by_hand = "DuckDB by hand"
     return [
-        *contest("ingest and validate the visits", sizes, per, {"ours": ingest, by_hand: ingest_by_hand}, folder),
-        *contest("activity of all days", sizes, per, {"ours": activity, by_hand: activity_by_hand}, folder),
+        *contest("ingest and validate the visits", sizes, per, {"ours": ingest, by_hand: ingest_by_hand}, folder, 2),
+        *contest("activity of all days", sizes, per, {"ours": activity, by_hand: activity_by_hand}, folder, 2),
         *contest("months of activity", sizes, per, {"ours": months, by_hand: months_by_hand}, folder),
         *contest(
             "features of one snapshot",

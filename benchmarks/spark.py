@@ -45,7 +45,7 @@ class Stage:
 
         def score() -> None:
             plain, scored = models.home_of(folder, ROWS_A_CUSTOMER * size)
-            model = load_model(scored.root / "lightgbm")
+            model = load_model(models.model_folder(folder, "lightgbm"))
             score_snapshot(
                 models.with_reasons(plain, 0), models.SNAPSHOT, model, "1", datetime(2025, 8, 1, 2), scored, engine
             )
@@ -63,7 +63,7 @@ class Stage:
 def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
     """Each stage at these numbers of customers."""
     prepare(make_lake, folder, sizes)
-    prepare(models.make_home, folder, [ROWS_A_CUSTOMER * size for size in sizes])
+    models.prepare_homes(folder, [ROWS_A_CUSTOMER * size for size in sizes])
     words = {
         "ingest": "ingest and validate the visits",
         "activity": "activity of all days",

@@ -7,6 +7,7 @@ a person erased, a home copied.
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from datetime import date, timedelta
 from itertools import groupby
@@ -17,6 +18,8 @@ import pyarrow.parquet as pq
 
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Lake, locked
+
+logger = logging.getLogger(__name__)
 
 MONTHS = "_months"
 """What the table of copies is called more than the table of days."""
@@ -57,6 +60,7 @@ def _make(copy: Path, parts: Sequence[Path], order: Sequence[str], engine: Engin
     with locked(copy.with_name(".lock")):  # a backfill and a nightly run may both find it missing
         if _is_copy(copy, parts):
             return
+        logger.info("%s: copied from %d days", copy.parent.relative_to(copy.parents[2]), len(parts))
         sources = _state(parts)  # before they are read: what changes meanwhile is a reason to copy again
         engine.local.publish(engine.local.read(parts).order_by(list(order)), copy, {_SOURCES: sources})
 
