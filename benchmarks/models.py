@@ -152,14 +152,14 @@ def prepare_homes(folder: Path, sizes: list[int]) -> None:
     prepare(make_home, folder, sizes)
 
 
-def model_folder(folder: Path, kind: str) -> Path:
-    """One of the models that all homes share."""
-    return folder / "models" / kind
+def shared(folder: Path, name: str) -> Path:
+    """One of the models that all homes share, or the rows they learnt from."""
+    return folder / "models" / name
 
 
 def make_models(folder: Path, rows: int) -> None:
-    """Models of each kind that is scored, taught so many rows."""
-    if model_folder(folder, "ensemble").exists():
+    """Models of each kind that is scored, taught so many rows, and these rows, which are written last."""
+    if shared(folder, LEARNT).exists():
         return
     train, validate = training_data(rows, 1), training_data(rows // 5, 2)
     table = drift_table(train, find_campaign(CAMPAIGN).key, 0, TRAINED_ON)
@@ -173,8 +173,8 @@ def make_models(folder: Path, rows: int) -> None:
     for kind, scorer in scorers.items():
         known = {**population, "scores": number_buckets(scorer.log_odds(validate.X))}
         facts = {"population": known, "snapshots": {"train": TRAINED_ON}, "calibration_rate": 0.03}
-        write_model(FittedModel(kind, train.contract, scorer, Calibrator(), facts), model_folder(folder, kind))
-    publish_table(table.append_column("split", pa.array(["train"] * len(table))), folder / "models" / LEARNT)
+        write_model(FittedModel(kind, train.contract, scorer, Calibrator(), facts), shared(folder, kind))
+    publish_table(table.append_column("split", pa.array(["train"] * len(table))), shared(folder, LEARNT))
 
 
 def make_home(folder: Path, rows: int) -> None:
@@ -184,8 +184,8 @@ def make_home(folder: Path, rows: int) -> None:
     if home.root.exists():
         return
     home.ensure()
-    lake, model = home.lake(campaign.name), load_model(model_folder(folder, "lightgbm"))
-    publish_table(pq.read_table(folder / "models" / LEARNT), lake.file("training_set"))
+    lake, model = home.lake(campaign.name), load_model(shared(folder, "lightgbm"))
+    publish_table(pq.read_table(shared(folder, LEARNT)), lake.file("training_set"))
     keep_reference(campaign, model, "1", home)
     file = lake.partition("features", "snapshot", SNAPSHOT)
     file.parent.mkdir(parents=True)
@@ -240,7 +240,7 @@ class Score:
     def __call__(self, folder: Path, size: int) -> Callable[[], object]:
         campaign, home = home_of(folder, size if not self.reasons else 10 * size)
         campaign = with_reasons(campaign, self.reasons, 0.9)  # of as many rows as are explained: a tenth of the table
-        model = load_model(model_folder(folder, self.kind))
+        model = load_model(shared(folder, self.kind))
         model.scorer.log_odds(np.zeros((40_000, FEATURES)))  # compiled, warm
         return lambda: score(campaign, home, model)
 
@@ -253,12 +253,12 @@ class ScoreRaw:
 
     def __call__(self, folder: Path, size: int) -> Callable[[], object]:
         _, home = home_of(folder, size)
-        scorer: Any = load_model(model_folder(folder, self.kind)).scorer
+        scorer: Any = load_model(shared(folder, self.kind)).scorer
         members = [member.scorer for member in scorer.members] if self.kind == "ensemble" else [scorer]
         predict = [RAW[member.kind](member) for member in members]
         parts = [np.load(ready_matrix(home, part)) for part in range(size // CHUNK)]
-        for raw, member in zip(predict, members, strict=True):
-            np.testing.assert_allclose(raw(parts[0][:1000]), member.log_odds(parts[0][:1000]), rtol=0, atol=1e-9)
+        for raw, member in zip(predict, members, strict=True):  # a whole part: few rows ours gives to the booster too
+            np.testing.assert_allclose(raw(parts[0]), member.log_odds(parts[0]), rtol=0, atol=1e-9)
         return lambda: [raw(part) for part in parts for raw in predict]
 
 
@@ -323,14 +323,14 @@ RAW = {"lightgbm": raw_booster, "network": raw_network, "linear": raw_linear}
 def contributions(folder: Path, size: int) -> Callable[[], object]:
     """LightGBM's own contributions of a matrix in memory."""
     _, home = home_of(folder, 10 * size)
-    scorer: Any = load_model(model_folder(folder, "lightgbm")).scorer
+    scorer: Any = load_model(shared(folder, "lightgbm")).scorer
     X = np.load(ready_matrix(home, 0))[:size]
     return lambda: scorer.booster.predict(X, pred_contrib=True, num_threads=threads())
 
 
 def drift(folder: Path, size: int) -> Callable[[], object]:
     campaign, home = home_of(folder, size)
-    model = load_model(model_folder(folder, "lightgbm"))
+    model = load_model(shared(folder, "lightgbm"))
 
     def action() -> None:
         with open_engine() as engine:
@@ -346,7 +346,7 @@ def drift_in_pandas(folder: Path, size: int) -> Callable[[], object]:
     pd: Any = pandas
 
     campaign, home = home_of(folder, size)
-    features = load_model(model_folder(folder, "lightgbm")).facts["population"]["features"]
+    features = load_model(shared(folder, "lightgbm")).facts["population"]["features"]
 
     def action() -> None:
         frame = pd.read_parquet(home.lake(campaign.name).partition("features", "snapshot", SNAPSHOT))

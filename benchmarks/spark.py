@@ -45,7 +45,7 @@ class Stage:
 
         def score() -> None:
             plain, scored = models.home_of(folder, ROWS_A_CUSTOMER * size)
-            model = load_model(models.model_folder(folder, "lightgbm"))
+            model = load_model(models.shared(folder, "lightgbm"))
             score_snapshot(
                 models.with_reasons(plain, 0), models.SNAPSHOT, model, "1", datetime(2025, 8, 1, 2), scored, engine
             )

@@ -16,7 +16,7 @@ def defs() -> dg.Definitions:
     gc.disable()  # what is made here stays: looking for garbage in it, again and again, is a fifth of the time
     try:
         return dg.load_defs(propensity_dagster.defs, project_root=Path(__file__).parent.parent)
-    except Exception as error:
+    except Exception as error:  # Dagster wraps ours in errors of its own; any other is raised again
         # Dagster says which component failed; which campaign file and key is further down the chain.
         cause: BaseException | None = error
         while cause is not None:

@@ -18,13 +18,7 @@ from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import any_day, on_day, open_engine
 from propensity_dagster.features import build
 from propensity_dagster.features.activity import daily_activity, daily_categories
-from propensity_dagster.features.build import (
-    Inputs,
-    build_features,
-    build_labels,
-    campaign_features,
-    share_gaps,
-)
+from propensity_dagster.features.build import Inputs, build_features, build_labels, campaign_features, share_gaps
 
 from .reference import HORIZON, WINDOWS, reference
 

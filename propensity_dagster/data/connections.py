@@ -164,7 +164,7 @@ def reading(what: str) -> Generator[None]:
         yield
     except (PropensityError, duckdb.OutOfMemoryException):
         raise
-    except Exception as error:
+    except Exception as error:  # each database's driver has its own; what is none of theirs is raised again
         reason = redacted(" ".join(str(error).split()))[:400]
         if isinstance(error, OSError | duckdb.IOException | duckdb.ConnectionException) or is_database_error(error):
             raise SourceError(f"{what}: cannot be read: {reason}") from None
@@ -182,7 +182,7 @@ def writing(what: str) -> Generator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # as above
         if is_database_error(error) or isinstance(error, duckdb.Error | OSError):
             reason = redacted(" ".join(str(error).split()))[:400]
             raise SourceError(f"{what}: cannot be written: {reason}") from None

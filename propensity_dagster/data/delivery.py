@@ -142,7 +142,7 @@ def _require_own(campaign: Campaign, first_row: Any, where: str) -> None:
     """Two campaigns in one table would overwrite each other's customers."""
     try:
         found = first_row(f"SELECT campaign FROM {_table(campaign)} WHERE campaign <> '{campaign.name}' LIMIT 1")
-    except Exception as error:
+    except Exception as error:  # each database's driver has its own; what is none of theirs is raised again
         if is_database_error(error) or isinstance(error, duckdb.Error):
             raise ConfigError(f"{where}: is a table of something else; scores need one of their own") from None
         raise

@@ -153,7 +153,7 @@ def draft_campaign(
             diagnosis = diagnose(campaign, home, engine, ingested=False)
             if not _mend(campaign, content, notes, diagnosis, home, engine):
                 break
-    except Exception:
+    except Exception:  # whatever it is, it is raised again
         file.unlink(missing_ok=True)  # nothing half-written
         raise
     return file, diagnosis
