@@ -20,10 +20,11 @@ from propensity_dagster.data.days import days_between
 from propensity_dagster.data.engine import open_engine
 from propensity_dagster.data.ingest import ingest_entities, ingest_stream
 from propensity_dagster.data.lake import Home
-from propensity_dagster.data.months import MONTHS, read_months
+from propensity_dagster.data.months import LAST_DAYS, MONTHS, read_months
 from propensity_dagster.data.sources import campaign_calendar, source_folder
 from propensity_dagster.data.validate import validate_entities, validate_stream
-from propensity_dagster.features.activity import ORDER, build_activity
+from propensity_dagster.features.activity import ACTIVITY, ORDER, build_activity
+from propensity_dagster.features.build import previous_days
 from propensity_dagster.features.snapshots import publish_features
 from propensity_dagster.runtime import DEFAULT_MEMORY_GB
 
@@ -181,8 +182,8 @@ def activity_by_hand(folder: Path, size: int) -> Callable[[], object]:
 def months(folder: Path, size: int) -> Callable[[], object]:
     """The copies that features read, all of them anew: otherwise one is made a month."""
     campaign, home = shop(folder, size)
-    for table in ORDER:
-        shutil.rmtree(home.lake(campaign.name).root / f"{table}{MONTHS}", ignore_errors=True)
+    for table in (*(f"{table}{MONTHS}" for table in ORDER), f"{ACTIVITY}{LAST_DAYS}"):
+        shutil.rmtree(home.lake(campaign.name).root / table, ignore_errors=True)
     return lambda: files_of_features(campaign, home)
 
 
@@ -334,12 +335,14 @@ def features_in_pandas(folder: Path, size: int) -> Callable[[], object]:
 
 
 def files_of_features(campaign: EventCampaign, home: Home) -> dict[str, list[Path]]:
-    """What ours reads, by table: sorted months, which are gifts to the peers as well, and the days of the last one."""
+    """What ours reads, by table: sorted months, which are gifts to the peers as well."""
     first, _ = days_of(campaign)
     days = days_between(first, SNAPSHOT - timedelta(days=1))
+    lake = home.lake(campaign.name)
+    more = {ACTIVITY: previous_days(campaign)}
     with open_engine() as engine:
         return {
-            table: read_months(table, days, [campaign.key, *order], home.lake(campaign.name), engine)
+            table: read_months(table, days, [campaign.key, *order], lake, engine, more.get(table))
             for table, order in ORDER.items()
         }
 
@@ -350,7 +353,8 @@ def pandas_table(activity: list[Path], categories: list[Path], customers: Path, 
 
     pd: Any = pandas
     key = "customer_id"
-    known = pd.concat([pd.read_parquet(file) for file in activity], ignore_index=True)
+    columns = [name for name in pq.read_schema(activity[0]).names if not name.endswith("__previous")]
+    known = pd.concat([pd.read_parquet(file, columns=columns) for file in activity], ignore_index=True)
     known = known[(known["known_day"] < t) & (known["day"] < t)]
     people = pd.read_parquet(customers).set_index(key).sort_index()
     people["born"] = people["created_at"].astype("datetime64[s]").astype("int64") // 86400

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import any_day, on_day, open_engine
+from propensity_dagster.data.months import with_previous
 from propensity_dagster.features import build
 from propensity_dagster.features.activity import daily_activity, daily_categories
-from propensity_dagster.features.build import Inputs, build_features, build_labels, campaign_features, share_gaps
+from propensity_dagster.features.build import Inputs, build_features, build_labels, campaign_features, previous_days
 
 from .reference import HORIZON, WINDOWS, reference
 
@@ -117,7 +118,7 @@ def inputs_of(world: World, c: EventCampaign, engine) -> Inputs:
     entities = engine.table(
         pa.Table.from_pylist([{**r, "created_at": r["signup_at"]} for r in world.customers], schema=schema)
     )
-    activity = engine.cache(daily_activity(c, events, engine))
+    activity = engine.cache(with_previous(daily_activity(c, events, engine), c.key, previous_days(c), None))
     return Inputs(entities, activity, engine.cache(daily_categories(c, events)), campaign_features(c, entities))
 
 
@@ -233,20 +234,6 @@ def test_an_open_snapshot_equals_a_stated_one(engine):
     for t in (T, T - timedelta(days=20), T + timedelta(days=3)):
         stated = engine.arrow(build_features(c, inputs, as_of=t))
         assert engine.run_query(on_day(query, day_index(t))).equals(stated)
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0, 10**9), st.sampled_from([(0, False), (3, False), (2, True)]))
-def test_gaps_that_snapshots_share_are_those_of_each(engine, seed, setting):
-    c = campaign(*setting)
-    inputs = inputs_of(make_world(seed, setting[1]), c, engine)
-    snapshots = [T - timedelta(days=days) for days in (70, 8, 1, 0)]
-    shared = share_gaps(c, inputs, engine, first=snapshots[0], last=snapshots[-1])
-    assert ("orders" in shared.gaps) == (not setting[1])
-    queries = [engine.prepare(build_features(c, i, as_of=any_day())) for i in (inputs, shared)]
-    for t in snapshots:
-        alone, together = (engine.run_query(on_day(query, day_index(t))) for query in queries)
-        assert together.equals(alone), t
 
 
 def as_index(as_of):

@@ -1,6 +1,7 @@
 """Copies of months: the rows of the days, read only while they are."""
 
 import multiprocessing
+from collections import defaultdict
 from datetime import date, timedelta
 from pathlib import Path
 
@@ -23,7 +24,9 @@ def rows_of(day: date, seed: int = 0) -> pa.Table:
     rng = np.random.default_rng([day.toordinal(), seed])
     keys = [f"c{k}" for k in rng.permutation(50)[:20]]
     day_number = pa.array([day.toordinal()] * 20, pa.int32())
-    return pa.table({"customer_id": keys, "day": day_number, "n": rng.integers(1, 9, 20)})
+    return pa.table(
+        {"customer_id": keys, "day": day_number, "n": rng.choice([0] * 9 + [2], 20), "m": rng.integers(0, 9, 20)}
+    )
 
 
 @pytest.fixture
@@ -51,18 +54,30 @@ def expected(days=DAYS, seeds=()) -> pa.Table:
 def test_whole_months_are_read_from_one_file_in_the_order_of_the_key(lake, engine):
     files, rows = read(lake, engine)
     assert rows.equals(expected())
-    names = [file.parent.name for file in files]
-    assert names[:3] == ["month=2024-01-01", "month=2024-02-01", "month=2024-03-01"], "the log begins in January"
-    assert names[3:] == [f"day={day}" for day in DAYS if day.month == 4], "April is not over"
+    assert [file.parent.name for file in files] == [f"month=2024-0{n}-01" for n in (1, 2, 3, 4)]
     february = pq.read_table(lake.root / MADE)
     assert february.equals(in_order(february))
 
 
-@pytest.mark.parametrize("last", [date(2024, 2, 28), date(2024, 2, 29), date(2024, 3, 1)])
-def test_a_month_is_whole_with_its_last_day(lake, engine, last):
-    days = [day for day in DAYS if day <= last]
-    assert read(lake, engine, days)[1].equals(expected(days))
-    assert (lake.root / MADE).exists() == (last >= date(2024, 2, 29))
+@pytest.mark.parametrize("last", [date(2024, 2, 1), date(2024, 2, 28), date(2024, 2, 29), date(2024, 3, 1)])
+def test_the_newest_month_has_all_days_there_are(lake, engine, last):
+    """A nightly run and a backfill of its days before would else make the same copy in turn."""
+    found = read(lake, engine, [day for day in DAYS if day <= last])[1]
+    assert found.equals(expected([day for day in DAYS if day.replace(day=1) <= last]))
+
+
+def test_a_day_that_arrives_makes_a_copy_of_its_month_alone(lake, engine):
+    read(lake, engine)
+    before = times(lake, "activity_months")
+    day = DAYS[-1] + timedelta(days=1)
+    publish_table(rows_of(day), lake.target("activity", "day", day))
+    assert read(lake, engine, [*DAYS, day])[1].equals(expected([*DAYS, day]))
+    after = times(lake, "activity_months")
+    assert {month for month in after if after[month] != before[month]} == {"month=2024-04-01"}
+
+
+def times(lake: Lake, table: str) -> dict[str, int]:
+    return {file.parent.name: file.stat().st_mtime_ns for file in (lake.root / table).rglob("*.parquet")}
 
 
 def test_a_copy_is_kept_until_one_of_its_days_changes(lake, engine):
@@ -112,3 +127,67 @@ def test_a_backfill_and_a_nightly_run_may_make_the_same_copy(lake, engine):
     assert found[0] == found[1] == found[2]
     assert read(lake, engine)[1].equals(expected())
     assert not list(lake.root.rglob("*.tmp"))
+
+
+PREVIOUS = {"n__previous": "n", "m__previous": "m"}
+
+
+def read_chained(lake: Lake, engine, days=DAYS) -> list[dict]:
+    files = read_months("activity", days, ["customer_id", "day"], lake, engine, PREVIOUS)
+    return in_order(pa.concat_tables([pq.read_table(file) for file in files])).to_pylist()
+
+
+def chained(rows: pa.Table) -> list[dict]:
+    """The same by a loop."""
+    last: dict[tuple[str, str], int | None] = defaultdict(lambda: None)
+    found = []
+    for row in rows.to_pylist():
+        more = {}
+        for name, count in PREVIOUS.items():
+            more[name] = last[row["customer_id"], count] if row[count] else None
+        for count in PREVIOUS.values():
+            if row[count]:
+                last[row["customer_id"], count] = row["day"]
+        found.append(row | more)
+    return found
+
+
+def test_rows_know_the_day_before_theirs_across_months(lake, engine):
+    rows = read_chained(lake, engine)
+    assert rows == chained(expected())
+    assert any(row["n__previous"] and row["day"] - row["n__previous"] > 31 for row in rows), "over a month without"
+
+
+@pytest.mark.parametrize("changed", [DAYS[0], date(2024, 2, 14), date(2024, 3, 31)])
+def test_months_after_a_day_that_changed_are_copied_again(lake, engine, changed):
+    read_chained(lake, engine)
+    before = times(lake, "activity_months")
+    publish_table(rows_of(changed, 1), lake.target("activity", "day", changed))
+    assert read_chained(lake, engine) == chained(expected(seeds={changed: 1}.items()))
+    after = times(lake, "activity_months")
+    assert {m for m in after if after[m] != before[m]} == {m for m in after if m >= f"month={changed:%Y-%m}-01"}
+
+
+def test_a_last_day_is_made_once_a_month(lake, engine):
+    """Each night copies the month so far, and begins with what was known at the end of the one before."""
+    read_chained(lake, engine)
+    before = times(lake, "activity_last_days")
+    assert sorted(before) == ["month=2024-01-01", "month=2024-02-01", "month=2024-03-01"]
+    day = DAYS[-1] + timedelta(days=1)
+    publish_table(rows_of(day), lake.target("activity", "day", day))
+    assert read_chained(lake, engine, [*DAYS, day]) == chained(expected([*DAYS, day]))
+    assert times(lake, "activity_last_days") == before
+
+
+@pytest.mark.parametrize("gone", ["activity_months/month=2024-03-01", "activity_last_days/month=2024-02-01"])
+def test_what_was_deleted_of_a_chain_is_made_anew(lake, engine, gone):
+    read_chained(lake, engine)
+    (lake.root / gone / "part.parquet").unlink()
+    lake.target("activity_months", "month", date(2024, 3, 1)).unlink(missing_ok=True)
+    assert read_chained(lake, engine) == chained(expected())
+
+
+def test_copies_without_the_days_before_are_made_anew_with_them(lake, engine):
+    read(lake, engine)
+    assert read_chained(lake, engine) == chained(expected())
+    assert read(lake, engine)[1].equals(expected())

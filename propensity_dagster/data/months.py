@@ -1,21 +1,28 @@
 """The days of a table, copied month by month in the order of the key: for what reads years of them.
 
 Features read every day there is and group by customer. From months they open a thirtieth of the files, and rows of one
-customer lie together. The days stay the truth: a month's file says of which files it is a copy, with their sizes and
-times of change, and is read only while those are what is there. Else it is made anew: after a day was ingested again,
-a person erased, a home copied.
+customer lie together and know the day before theirs. The days stay the truth: a month's file says of which files it is
+a copy, with their sizes and times of change, and is read only while those are what is there. Else it is made anew:
+after a day was ingested, or ingested again, a person erased, a home copied.
 """
+
+# Ibis does not type the arithmetic of columns.
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from propensity_dagster.data.days import days_between
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Lake, locked
 
@@ -23,57 +30,145 @@ logger = logging.getLogger(__name__)
 
 MONTHS = "_months"
 """What the table of copies is called more than the table of days."""
+LAST_DAYS = "_last_days"
+"""The same of the table that says, by month and key, on which day something was counted last until then."""
 _SOURCES = "copied_from"
 
 
-def read_months(table: str, days: Sequence[date], order: Sequence[str], lake: Lake, engine: Engine) -> list[Path]:
-    """Files that hold the rows of these days: of each whole month its copy, of others the days.
+@dataclass(frozen=True)
+class _Month:
+    """A month's copy, or where it is to be; of what; and what its file must say of those."""
+
+    first: date
+    copy: Path
+    parts: list[Path]
+    mark: str
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """How the months of one table are copied: see `read_months`."""
+
+    table: str
+    order: Sequence[str]
+    previous: Mapping[str, str]
+    lake: Lake
+    engine: Engine
+
+    def make(self, months: Sequence[_Month]) -> None:
+        """The copy of the newest of these months; those before it are made."""
+        month = months[-1]
+        month.copy.parent.mkdir(parents=True, exist_ok=True)
+        with locked(month.copy.with_name(".lock")):  # a backfill and a nightly run may both find it missing
+            if _says(month.copy, month.mark):
+                return
+            logger.info("%s: copied from %d days", _place(month.copy), len(month.parts))
+            rows = self.engine.read(month.parts)
+            if self.previous:
+                before = self.last_days(months[:-1])
+                rows = with_previous(rows, self.order[0], self.previous, self.engine.read(before) if before else None)
+            self.engine.publish(rows.order_by(list(self.order)), month.copy, {_SOURCES: month.mark})
+
+    def last_days(self, months: Sequence[_Month]) -> Path | None:
+        """The last day that counts, by key and column, until the end of the newest of these months."""
+        if not months:
+            return None
+        month = months[-1]
+        file = self.lake.partition(f"{self.table}{LAST_DAYS}", "month", month.first)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.with_name(".lock")):
+            if not _says(file, month.mark):
+                key = self.order[0]
+                rows = self.engine.read(month.copy)
+                days = rows.select(key, **{name: _day_of(rows, count) for name, count in self.previous.items()})
+                before = self.last_days(months[:-1])
+                if before:
+                    days = days.union(self.engine.read(before))
+                last = days.group_by(key).aggregate(**{name: days[name].max() for name in self.previous})
+                self.engine.publish(last.order_by(key), file, {_SOURCES: month.mark})
+        return file
+
+
+def read_months(
+    table: str,
+    days: Sequence[date],
+    order: Sequence[str],
+    lake: Lake,
+    engine: Engine,
+    previous: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Files that hold the rows of these days and, of the newest month, of those days after them that are there.
 
     Args:
         table: of the lake, with a file for each day.
-        days: without a gap, ascending. The first month counts as whole though it begins later.
+        days: without a gap, ascending, from the first one there is.
         order: columns by which copies are sorted, the key first.
         lake: of the campaign.
         engine: makes the copies that are not there, or not of what is there.
+        previous: what copies have more than the days: see `with_previous`.
 
     Raises:
         DataContractError: when a day has not been ingested.
     """
     sources = dict(zip(days, lake.existing_days(table, days), strict=True))
-    months = {month: list(found) for month, found in groupby(days, lambda day: day.replace(day=1))}
-    lake.existing_partitions(f"{table}{MONTHS}", "month", list(months))  # brought up to date together
-    files: list[Path] = []
-    for month, found in months.items():
-        parts = [sources[day] for day in found]
-        if (found[-1] + timedelta(days=1)).month == month.month:
-            files += parts
-            continue
-        copy = lake.target(f"{table}{MONTHS}", "month", month)
-        if not _is_copy(copy, parts):
-            _make(copy, parts, order, engine)
-        files.append(copy)
-    return files
+    found = {first: [sources[day] for day in of] for first, of in groupby(days, lambda day: day.replace(day=1))}
+    newest = days[-1].replace(day=1)
+    rest = days_between(days[-1] + timedelta(days=1), (newest + timedelta(days=31)).replace(day=1) - timedelta(days=1))
+    found[newest] += lake.existing_partitions(table, "day", rest)  # else runs would undo each other's copy of a month
+    lake.existing_partitions(f"{table}{MONTHS}", "month", list(found))  # brought up to date together
+    copies = _Copies(table, order, previous or {}, lake, engine.local)
+    months: list[_Month] = []
+    for first, parts in found.items():
+        before = months[-1].mark if months and previous else ""
+        mark = _mark(parts, [*order, *copies.previous.items(), before])
+        months.append(_Month(first, lake.target(f"{table}{MONTHS}", "month", first), parts, mark))
+        if not _says(months[-1].copy, mark):
+            copies.make(months)
+    return [month.copy for month in months]
 
 
-def _make(copy: Path, parts: Sequence[Path], order: Sequence[str], engine: Engine) -> None:
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    with locked(copy.with_name(".lock")):  # a backfill and a nightly run may both find it missing
-        if _is_copy(copy, parts):
-            return
-        logger.info("%s: copied from %d days", copy.parent.relative_to(copy.parents[2]), len(parts))
-        sources = _state(parts)  # before they are read: what changes meanwhile is a reason to copy again
-        engine.local.publish(engine.local.read(parts).order_by(list(order)), copy, {_SOURCES: sources})
+def with_previous(rows: ibis.Table, key: str, previous: Mapping[str, str], before: ibis.Table | None) -> ibis.Table:
+    """Each row that counts something, with the day of the row before it, of the same key, that counts it too.
+
+    A copy can tell, once, what every snapshot else has to sort a year of rows for.
+
+    Args:
+        rows: with the key, `day`, and counts; of those that count a thing, a key has one a day.
+        key: of the rows.
+        previous: what the new columns are called, and the counts that they are of. Of rows that count none they are
+            null, and of the first that does.
+        before: the key and the same columns, for the days before all of `rows`.
+    """
+    window = ibis.window(group_by=key, order_by="day", preceding=(None, 1))
+    within: dict[str, Any] = {name: _day_of(rows, count).max().over(window) for name, count in previous.items()}
+    rows = rows.mutate(**within)
+    if before is not None:
+        before = before.rename({f"{name}__before": name for name in previous})
+        rows = rows.left_join(before, key).drop(f"{key}_right")
+        rows = rows.mutate(**{name: rows[name].fill_null(rows[f"{name}__before"]) for name in previous})
+        rows = rows.drop(*(f"{name}__before" for name in previous))
+    return rows.mutate(
+        **{name: (rows[count] > 0).ifelse(rows[name], ibis.null("int32")) for name, count in previous.items()}
+    )
 
 
-def _is_copy(copy: Path, parts: Sequence[Path]) -> bool:
+def _day_of(rows: ibis.Table, count: str) -> Any:
+    return (rows[count] > 0).ifelse(rows.day, ibis.null("int32"))
+
+
+def _says(file: Path, mark: str) -> bool:
     try:
-        noted = pq.read_metadata(copy).metadata or {}
+        noted = pq.read_metadata(file).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):  # not there, or cut short
         return False
-    return noted.get(_SOURCES.encode()) == _state(parts).encode()
+    return noted.get(_SOURCES.encode()) == mark.encode()
 
 
-def _state(parts: Sequence[Path]) -> str:
-    """Changes whenever one of these files does."""
+def _mark(parts: Sequence[Path], more: Sequence[object]) -> str:
+    """Changes whenever one of these files does, or what else the copy depends on."""
     marks = [(part.parent.name, stat.st_size, stat.st_mtime_ns) for part in parts for stat in [part.stat()]]
-    return hashlib.sha256(repr(marks).encode()).hexdigest()
+    return hashlib.sha256(repr((marks, more)).encode()).hexdigest()
+
+
+def _place(copy: Path) -> Path:
+    return copy.parent.relative_to(copy.parents[2])

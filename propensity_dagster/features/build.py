@@ -9,8 +9,8 @@ before t; labels read days in [t + gap, t + gap + horizon).
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import reduce
 from itertools import pairwise
@@ -44,14 +44,13 @@ AsOf = date | ir.IntegerValue
 class Inputs:
     """What features are computed from, as engine tables, and the feature list.
 
-    `gaps`: by stream, what `share_gaps` has computed for all snapshots.
+    `activity` has the columns of `previous_days` too.
     """
 
     entities: ibis.Table
     activity: ibis.Table
     categories: ibis.Table | None
     features: list[Feature]
-    gaps: Mapping[str, ibis.Table] = field(default_factory=dict[str, ibis.Table])
 
 
 def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> ibis.Table:
@@ -61,9 +60,8 @@ def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> i
     parts = [_span(campaign, known, cut, *span) for span in _spans(campaign)]
     recent = known.filter(known.day >= cut - campaign.longest_window)
     for name, stream in campaign.source.streams.items():
-        if not stream.type:
-            gaps = inputs.gaps[name] if name in inputs.gaps else _gaps(campaign, recent, name)
-            parts.append(_rhythm(campaign, gaps, cut, name))
+        if not stream.type and stream.ingested_at:
+            parts.append(_gap_squares(campaign, recent, name))
     if inputs.categories is not None:
         parts += _distinct(campaign, inputs.categories, as_of=as_of)
     entities = _known_entities(campaign, inputs.entities, as_of=as_of)
@@ -72,19 +70,6 @@ def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> i
     eligible = joined.filter(_eligible(campaign, joined, cut, as_of=as_of))
     columns = {feature.name: feature.expression(eligible) for feature in inputs.features}
     return eligible.select(campaign.key, **columns).order_by(campaign.key)
-
-
-def share_gaps(campaign: EventCampaign, inputs: Inputs, engine: Engine, *, first: date, last: date) -> Inputs:
-    """The same inputs with the gaps between active days that snapshots from `first` to `last` count, computed once.
-
-    They take a fifth of a snapshot's time. Where events become known later, each snapshot has gaps of its own.
-    """
-    oldest = _day(first) - campaign.source.late_days - campaign.longest_window
-    rows = inputs.activity
-    rows = rows.filter((rows.day >= oldest) & (rows.day < _day(last) - campaign.source.late_days))
-    streams = [name for name, s in campaign.source.streams.items() if not s.type and not s.ingested_at]
-    gaps = {name: engine.by_key(engine.cache(_gaps(campaign, rows, name)), campaign.key) for name in streams}
-    return replace(inputs, gaps=gaps)
 
 
 def build_labels(campaign: EventCampaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf) -> ibis.Table:
@@ -161,12 +146,20 @@ def open_inputs(
     end = last + timedelta(days=campaign.outcome_end_days - 1 if with_outcomes else -1)
     days = days_between(start, end)
     entities = engine.read(lake.existing(entity_table(campaign)))
-    activity = engine.read(read_months(ACTIVITY, days, [campaign.key, *ORDER[ACTIVITY]], lake, engine))
+    order = [campaign.key, *ORDER[ACTIVITY]]
+    activity = engine.read(read_months(ACTIVITY, days, order, lake, engine, previous_days(campaign)))
     has_categories = any(stream.categories for stream in campaign.source.streams.values())
     categories = None
     if has_categories:
         categories = engine.read(read_months(CATEGORIES, days, [campaign.key, *ORDER[CATEGORIES]], lake, engine))
     return Inputs(entities, activity, categories, campaign_features(campaign, entities))
+
+
+def previous_days(campaign: EventCampaign) -> dict[str, str]:
+    """What months of activity have more than the days: see `with_previous`. Where events become known later, the day
+    before an active one is a question of the snapshot."""
+    streams = campaign.source.streams.items()
+    return {_previous(name): f"{name}__count" for name, s in streams if not s.type and not s.ingested_at}
 
 
 def campaign_features(campaign: EventCampaign, entities: ibis.Table) -> list[Feature]:
@@ -205,6 +198,11 @@ def _span(campaign: EventCampaign, known: ibis.Table, cut: Any, name: str, newer
             columns[f"{stream_name}__last_{kind}__{name}"] = _days_with(rows, f"{stream_name}__type_{kind}").max()
         if not stream.type and older is not None:
             columns[f"{stream_name}__days__{name}"] = _active_days(rows, stream_name, stream)
+            if not stream.ingested_at:
+                previous = rows[_previous(stream_name)]
+                inside = previous >= cut - campaign.longest_window
+                gap = inside.ifelse(rows.day - previous, ibis.null("int32"))
+                columns[f"{stream_name}__gap_squares__{name}"] = (gap * gap).sum().cast("int64")
     return rows.group_by(campaign.key).aggregate(**columns)
 
 
@@ -219,6 +217,15 @@ def _windows(campaign: EventCampaign, joined: ibis.Table) -> dict[str, Any]:
     def add(*parts: Any) -> Any:
         return reduce(lambda a, b: a + b, (part.fill_null(0) for part in parts))
 
+    def rhythm(name: str, stream: Stream) -> dict[str, Any]:
+        """Of n days with events: n - 1 gaps between them, which add up to the days from the first to the last."""
+        days = of(f"{name}__days", names[:-1], add)
+        last, first = of(f"{name}__last", names[:-1], ibis.greatest), of(f"{name}__first", names[:-1], ibis.least)
+        found = {f"days_{campaign.longest_window}d": days, "gaps": days - 1, "gap_sum": last - first}
+        if not stream.ingested_at:
+            found["gap_squares"] = of(f"{name}__gap_squares", names[:-1], add)
+        return {f"{name}__{column}": expression for column, expression in found.items()}
+
     columns: dict[str, Any] = {}
     for i, name in enumerate(names, start=1):
         for column in _totals(campaign):
@@ -229,8 +236,12 @@ def _windows(campaign: EventCampaign, joined: ibis.Table) -> dict[str, Any]:
         for kind in stream.types if stream.type else ():
             columns[f"{name}__last_{kind}_{ALL}"] = of(f"{name}__last_{kind}", names, ibis.greatest)
         if not stream.type:
-            columns[f"{name}__days_{campaign.longest_window}d"] = of(f"{name}__days", names[:-1], add)
+            columns |= rhythm(name, stream)
     return columns
+
+
+def _previous(stream: str) -> str:
+    return f"{stream}__previous"
 
 
 def _days_with(rows: ibis.Table, count: str) -> Any:
@@ -248,26 +259,12 @@ def _totals(campaign: EventCampaign) -> list[str]:
     return [column for column in activity_columns(campaign) if column != "outcome_count"]
 
 
-def _gaps(campaign: EventCampaign, rows: ibis.Table, name: str) -> ibis.Table:
-    """Days with events, each with the one before it; the first of each entity has none and is left out."""
-    days = rows.filter(rows[f"{name}__count"] > 0).select(campaign.key, "day")
-    if campaign.source.streams[name].ingested_at:  # an entity may have several rows a day, as late events became known
-        days = days.distinct()
-    gaps = days.mutate(previous=days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day")))
-    return gaps.filter(gaps.previous.notnull())
-
-
-def _rhythm(campaign: EventCampaign, gaps: ibis.Table, cut: Any, name: str) -> ibis.Table:
-    """Number, sum and sum of squares of the days between consecutive days with events, both in the longest window."""
-    gaps = gaps.filter((gaps.day < cut) & (gaps.previous >= cut - campaign.longest_window))
-    gap = (gaps.day - gaps.previous).cast("int64")
-    return gaps.group_by(campaign.key).aggregate(
-        **{
-            f"{name}__gaps": gap.count(),
-            f"{name}__gap_sum": gap.sum().cast("int64"),
-            f"{name}__gap_squares": (gap * gap).sum().cast("int64"),
-        }
-    )
+def _gap_squares(campaign: EventCampaign, rows: ibis.Table, name: str) -> ibis.Table:
+    """Sum of squares of the days between days with events, of what is known at one snapshot alone."""
+    # An entity may have several rows a day, as late events became known.
+    days = rows.filter(rows[f"{name}__count"] > 0).select(campaign.key, "day").distinct()
+    days = days.mutate(gap=days.day - days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day")))
+    return days.group_by(campaign.key).aggregate(**{f"{name}__gap_squares": (days.gap * days.gap).sum().cast("int64")})
 
 
 def _distinct(campaign: EventCampaign, categories: ibis.Table, *, as_of: AsOf) -> list[ibis.Table]:

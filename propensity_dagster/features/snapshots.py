@@ -31,7 +31,6 @@ from propensity_dagster.features.build import (
     is_mature,
     newest_mature,
     open_inputs,
-    share_gaps,
 )
 from propensity_dagster.features.definitions import features_markdown
 
@@ -145,8 +144,6 @@ def _publish_features(
     campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
 ) -> FeaturesReport:
     lake = home.lake(campaign.name)
-    if len(snapshots) > 1:
-        inputs = share_gaps(campaign, inputs, engine, first=snapshots[0], last=snapshots[-1])
     with compiling():
         query = engine.prepare(build_features(campaign, inputs, as_of=any_day()))
     rows: dict[date, int] = {}
