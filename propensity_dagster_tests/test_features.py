@@ -19,7 +19,14 @@ from propensity_dagster.data.engine import any_day, on_day, open_engine
 from propensity_dagster.data.months import with_previous
 from propensity_dagster.features import build
 from propensity_dagster.features.activity import daily_activity, daily_categories
-from propensity_dagster.features.build import Inputs, build_features, build_labels, campaign_features, previous_days
+from propensity_dagster.features.build import (
+    Inputs,
+    build_features,
+    build_labels,
+    campaign_features,
+    fold_history,
+    previous_days,
+)
 
 from .reference import HORIZON, WINDOWS, reference
 
@@ -234,6 +241,26 @@ def test_an_open_snapshot_equals_a_stated_one(engine):
     for t in (T, T - timedelta(days=20), T + timedelta(days=3)):
         stated = engine.arrow(build_features(c, inputs, as_of=t))
         assert engine.run_query(on_day(query, day_index(t))).equals(stated)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**9), st.sampled_from([0, 3]), st.sampled_from([(70, 8, 1, 0), (9, 4, 0), (1, 0)]))
+def test_a_history_that_snapshots_share_is_that_of_each(engine, seed, late_days, ages):
+    c = campaign(late_days)
+    inputs = inputs_of(make_world(seed), c, engine)
+    snapshots = [T - timedelta(days=days) for days in ages]
+    shared = fold_history(c, inputs, engine, first=snapshots[0], last=snapshots[-1])
+    assert shared.periods is not None
+    queries = [engine.prepare(build_features(c, i, as_of=any_day())) for i in (inputs, shared)]
+    for t in snapshots:
+        alone, together = (engine.run_query(on_day(query, day_index(t))) for query in queries)
+        assert together.equals(alone), t
+
+
+def test_a_history_that_becomes_known_later_is_not_shared(engine):
+    c = campaign(2, True)
+    inputs = inputs_of(make_world(1, True), c, engine)
+    assert fold_history(c, inputs, engine, first=T - timedelta(days=9), last=T) is inputs
 
 
 def as_index(as_of):

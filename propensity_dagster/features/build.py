@@ -10,7 +10,7 @@ before t; labels read days in [t + gap, t + gap + horizon).
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import reduce
 from itertools import pairwise
@@ -44,19 +44,21 @@ AsOf = date | ir.IntegerValue
 class Inputs:
     """What features are computed from, as engine tables, and the feature list.
 
-    `activity` has the columns of `previous_days` too.
+    `activity` has the columns of `previous_days` too. `periods`: the same rows, some of them added up: `fold_history`.
     """
 
     entities: ibis.Table
     activity: ibis.Table
     categories: ibis.Table | None
     features: list[Feature]
+    periods: ibis.Table | None = None
 
 
 def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> ibis.Table:
     """Features of every eligible entity at snapshot `as_of`, one row each, sorted by key."""
     cut = _day(as_of) - campaign.source.late_days
-    known = inputs.activity.filter((inputs.activity.known_day < _day(as_of)) & (inputs.activity.day < cut))
+    rows = _periods(campaign, inputs.activity) if inputs.periods is None else inputs.periods
+    known = rows.filter((rows.known_day < _day(as_of)) & (rows.day < cut))
     parts = [_span(campaign, known, cut, *span) for span in _spans(campaign)]
     recent = known.filter(known.day >= cut - campaign.longest_window)
     for name, stream in campaign.source.streams.items():
@@ -70,6 +72,39 @@ def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> i
     eligible = joined.filter(_eligible(campaign, joined, cut, as_of=as_of))
     columns = {feature.name: feature.expression(eligible) for feature in inputs.features}
     return eligible.select(campaign.key, **columns).order_by(campaign.key)
+
+
+def fold_history(campaign: EventCampaign, inputs: Inputs, engine: Engine, *, first: date, last: date) -> Inputs:
+    """The same inputs, with the days that lie in one span for all snapshots from `first` to `last` made one row.
+
+    Where events become known later, each snapshot knows others of those days: then it is left as it is.
+    """
+    if any(stream.ingested_at for stream in campaign.source.streams.values()):
+        return inputs
+    late = campaign.source.late_days
+    rows = _periods(campaign, inputs.activity)
+    pieces: list[ibis.Table] = []
+    for _, newer, older in reversed(_spans(campaign)):
+        end = day_index(first) - late - newer
+        start = day_index(last) - late - older if older is not None else None
+        if start is not None and older is not None and (end - start) * 2 < older - newer:
+            continue  # not worth it
+        oldest = day_index(last) - late - campaign.longest_window
+        if start is not None:
+            pieces.append(rows.filter(rows.day < start))
+            rows = rows.filter(rows.day >= start)
+        inside = rows.filter(rows.day < end)
+        totals = _aggregates(campaign, inside, oldest)
+        for name in previous_days(campaign):
+            totals[name] = (inside[name] < oldest).ifelse(inside[name], ibis.null("int32")).min()
+        day = ibis.literal(end - 1, "int32")
+        folded = inside.group_by(campaign.key).aggregate(**totals).mutate(day=day, known_day=day)
+        pieces.append(engine.cache(folded.select(*rows.columns)))
+        rows = rows.filter(rows.day >= end)
+    if not pieces:
+        return inputs
+    periods = engine.sql(f'SELECT * FROM "{engine.name(ibis.union(*pieces, rows))}"')  # not compiled for each span
+    return replace(inputs, periods=engine.by_key(periods, campaign.key))
 
 
 def build_labels(campaign: EventCampaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf) -> ibis.Table:
@@ -186,24 +221,49 @@ def _span(campaign: EventCampaign, known: ibis.Table, cut: Any, name: str, newer
     rows = known.filter(known.day < cut - newer) if newer else known
     if older is not None:
         rows = rows.filter(rows.day >= cut - older)
+    totals = _aggregates(campaign, rows, cut - campaign.longest_window)
+    return rows.group_by(campaign.key).aggregate(**{f"{column}__{name}": total for column, total in totals.items()})
+
+
+def _periods(campaign: EventCampaign, activity: ibis.Table) -> ibis.Table:
+    """Rows of days as rows of periods, which also say when a thing happened last and first, and on how many days.
+
+    `__gap_squares` is of the days between active ones within the period, `__previous` the active day before its first.
+    """
+    columns: dict[str, Any] = {}
+    for name, stream in campaign.source.streams.items():
+        happened = _days_with(activity, f"{name}__count")
+        columns |= {f"{name}__last": happened, f"{name}__first": happened}
+        for kind in stream.types if stream.type else ():
+            columns[f"{name}__last_{kind}"] = _days_with(activity, f"{name}__type_{kind}")
+        if not stream.type and not stream.ingested_at:
+            columns[f"{name}__days"] = (activity[f"{name}__count"] > 0).cast("int64")
+            columns[f"{name}__gap_squares"] = ibis.literal(0, "int64")
+    return activity.select(campaign.key, "day", "known_day", *_totals(campaign), *previous_days(campaign), **columns)
+
+
+def _aggregates(campaign: EventCampaign, rows: ibis.Table, oldest: Any) -> dict[str, Any]:
+    """Of periods, one period. A gap counts when it begins at day `oldest` or later."""
     columns: dict[str, Any] = {
-        f"{column}__{name}": rows[column].max() if column.endswith("_max") else rows[column].sum().cast("int64")
+        column: rows[column].max() if column.endswith("_max") else rows[column].sum().cast("int64")
         for column in _totals(campaign)
     }
-    for stream_name, stream in campaign.source.streams.items():
-        happened = _days_with(rows, f"{stream_name}__count")
-        columns[f"{stream_name}__last__{name}"] = happened.max()
-        columns[f"{stream_name}__first__{name}"] = happened.min()
+    for name, stream in campaign.source.streams.items():
+        columns[f"{name}__last"] = rows[f"{name}__last"].max()
+        columns[f"{name}__first"] = rows[f"{name}__first"].min()
         for kind in stream.types if stream.type else ():
-            columns[f"{stream_name}__last_{kind}__{name}"] = _days_with(rows, f"{stream_name}__type_{kind}").max()
-        if not stream.type and older is not None:
-            columns[f"{stream_name}__days__{name}"] = _active_days(rows, stream_name, stream)
-            if not stream.ingested_at:
-                previous = rows[_previous(stream_name)]
-                inside = previous >= cut - campaign.longest_window
-                gap = inside.ifelse(rows.day - previous, ibis.null("int32"))
-                columns[f"{stream_name}__gap_squares__{name}"] = (gap * gap).sum().cast("int64")
-    return rows.group_by(campaign.key).aggregate(**columns)
+            columns[f"{name}__last_{kind}"] = rows[f"{name}__last_{kind}"].max()
+        if stream.type:
+            continue
+        if stream.ingested_at:  # an entity may have several rows a day, as late events became known
+            columns[f"{name}__days"] = rows[f"{name}__first"].nunique()
+        else:
+            columns[f"{name}__days"] = rows[f"{name}__days"].sum().cast("int64")
+            previous = rows[_previous(name)]
+            gap = (previous >= oldest).ifelse(rows[f"{name}__first"] - previous, ibis.null("int32"))
+            within = rows[f"{name}__gap_squares"].sum()
+            columns[f"{name}__gap_squares"] = ((gap * gap).sum().fill_null(0) + within).cast("int64")
+    return columns
 
 
 def _windows(campaign: EventCampaign, joined: ibis.Table) -> dict[str, Any]:
@@ -247,12 +307,6 @@ def _previous(stream: str) -> str:
 def _days_with(rows: ibis.Table, count: str) -> Any:
     """The day where this count is not zero: null elsewhere, for a filter on each aggregate costs a third more."""
     return (rows[count] > 0).ifelse(rows.day, ibis.null("int32"))
-
-
-def _active_days(rows: ibis.Table, name: str, stream: Stream) -> Any:
-    """Days with events. Without late knowledge an entity has one row a day, and a sum is far cheaper."""
-    active = rows[f"{name}__count"] > 0
-    return rows.day.nunique(where=active) if stream.ingested_at else active.sum().cast("int64")
 
 
 def _totals(campaign: EventCampaign) -> list[str]:

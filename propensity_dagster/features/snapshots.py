@@ -28,6 +28,7 @@ from propensity_dagster.features.build import (
     Inputs,
     build_features,
     build_labels,
+    fold_history,
     is_mature,
     newest_mature,
     open_inputs,
@@ -144,6 +145,8 @@ def _publish_features(
     campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
 ) -> FeaturesReport:
     lake = home.lake(campaign.name)
+    if len(snapshots) > 1:
+        inputs = fold_history(campaign, inputs, engine, first=snapshots[0], last=snapshots[-1])
     with compiling():
         query = engine.prepare(build_features(campaign, inputs, as_of=any_day()))
     rows: dict[date, int] = {}
