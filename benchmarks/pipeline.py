@@ -341,10 +341,9 @@ def files_of_features(campaign: EventCampaign, home: Home) -> dict[str, list[Pat
     lake = home.lake(campaign.name)
     more = {ACTIVITY: previous_days(campaign)}
     with open_engine() as engine:
-        return {
-            table: read_months(table, days, [campaign.key, *order], lake, engine, more.get(table))
-            for table, order in ORDER.items()
-        }
+        for table, order in ORDER.items():
+            read_months(table, days, [campaign.key, *order], lake, engine, more.get(table))
+    return {table: lake.glob(f"{table}{MONTHS}/month=*/part.parquet") for table in ORDER}
 
 
 def pandas_table(activity: list[Path], categories: list[Path], customers: Path, t: int) -> Any:

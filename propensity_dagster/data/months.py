@@ -22,7 +22,6 @@ import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from propensity_dagster.data.days import days_between
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Lake, locked
 
@@ -96,25 +95,24 @@ def read_months(
     lake: Lake,
     engine: Engine,
     previous: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Files that hold the rows of these days and, of the newest month, of those days after them that are there.
+) -> ibis.Table:
+    """The rows of these days: of each whole month from its copy, of others from the days.
 
     Args:
         table: of the lake, with a file for each day.
-        days: without a gap, ascending, from the first one there is.
+        days: without a gap, ascending, from the first one there is: its month counts as whole though it begins later.
         order: columns by which copies are sorted, the key first.
         lake: of the campaign.
-        engine: makes the copies that are not there, or not of what is there.
-        previous: what copies have more than the days: see `with_previous`.
+        engine: reads; its local one makes the copies that are not there, or not of what is there.
+        previous: what is read more than the rows have: see `with_previous`.
 
     Raises:
         DataContractError: when a day has not been ingested.
     """
     sources = dict(zip(days, lake.existing_days(table, days), strict=True))
     found = {first: [sources[day] for day in of] for first, of in groupby(days, lambda day: day.replace(day=1))}
-    newest = days[-1].replace(day=1)
-    rest = days_between(days[-1] + timedelta(days=1), (newest + timedelta(days=31)).replace(day=1) - timedelta(days=1))
-    found[newest] += lake.existing_partitions(table, "day", rest)  # else runs would undo each other's copy of a month
+    newest, after = days[-1].replace(day=1), days[-1] + timedelta(days=1)
+    rest = found.pop(newest) if after.month == newest.month else []
     lake.existing_partitions(f"{table}{MONTHS}", "month", list(found))  # brought up to date together
     copies = _Copies(table, order, previous or {}, lake, engine.local)
     months: list[_Month] = []
@@ -124,7 +122,15 @@ def read_months(
         months.append(_Month(first, lake.target(f"{table}{MONTHS}", "month", first), parts, mark))
         if not _says(months[-1].copy, mark):
             copies.make(months)
-    return [month.copy for month in months]
+    files = [month.copy for month in months]
+    if not rest or not previous:
+        return engine.read([*files, *rest])
+    until = copies.last_days(months)
+    days_so_far = with_previous(engine.read(rest), order[0], previous, engine.read(until) if until else None)
+    so_far = engine.cache(days_so_far)  # every span reads it
+    if not files:
+        return so_far
+    return engine.sql(f'SELECT * FROM "{engine.name(engine.read(files).union(so_far))}"')
 
 
 def with_previous(rows: ibis.Table, key: str, previous: Mapping[str, str], before: ibis.Table | None) -> ibis.Table:

@@ -182,11 +182,11 @@ def open_inputs(
     days = days_between(start, end)
     entities = engine.read(lake.existing(entity_table(campaign)))
     order = [campaign.key, *ORDER[ACTIVITY]]
-    activity = engine.read(read_months(ACTIVITY, days, order, lake, engine, previous_days(campaign)))
+    activity = read_months(ACTIVITY, days, order, lake, engine, previous_days(campaign))
     has_categories = any(stream.categories for stream in campaign.source.streams.values())
     categories = None
     if has_categories:
-        categories = engine.read(read_months(CATEGORIES, days, [campaign.key, *ORDER[CATEGORIES]], lake, engine))
+        categories = read_months(CATEGORIES, days, [campaign.key, *ORDER[CATEGORIES]], lake, engine)
     return Inputs(entities, activity, categories, campaign_features(campaign, entities))
 
 
