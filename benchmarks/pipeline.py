@@ -343,7 +343,8 @@ def files_of_features(campaign: EventCampaign, home: Home) -> dict[str, list[Pat
     with open_engine() as engine:
         for table, order in ORDER.items():
             read_months(table, days, [campaign.key, *order], lake, engine, more.get(table))
-    return {table: lake.glob(f"{table}{MONTHS}/month=*/part.parquet") for table in ORDER}
+    firsts = dict.fromkeys(day.replace(day=1) for day in days)  # the snapshot is the first of a month: all are whole
+    return {table: [lake.target(f"{table}{MONTHS}", "month", first) for first in firsts] for table in ORDER}
 
 
 def pandas_table(activity: list[Path], categories: list[Path], customers: Path, t: int) -> Any:
@@ -352,7 +353,7 @@ def pandas_table(activity: list[Path], categories: list[Path], customers: Path, 
 
     pd: Any = pandas
     key = "customer_id"
-    columns = [name for name in pq.read_schema(activity[0]).names if not name.endswith("__previous")]
+    columns = [name for name in pq.read_schema(activity[0]).names if not name.startswith("_previous")]
     known = pd.concat([pd.read_parquet(file, columns=columns) for file in activity], ignore_index=True)
     known = known[(known["known_day"] < t) & (known["day"] < t)]
     people = pd.read_parquet(customers).set_index(key).sort_index()

@@ -151,6 +151,21 @@ class Stream(Frozen):
             raise ValueError("equal_rows: keep contradicts 'id': rows with one id are one event")
         return self
 
+    @model_validator(mode="after")
+    def _one_name_each(self) -> "Stream":
+        """Of what a day of an entity is described by."""
+        names = ["count", *(["amount", "amount_max"] if self.amount else [])]
+        names += [f"type_{kind}" for kind in self.types] if self.type else []
+        for measure in self.measures:
+            taken = next((name for name in (measure, f"{measure}_max") if name in names), None)
+            if taken:
+                raise ValueError(
+                    f"measures: {measure!r} cannot be told from the {taken!r} of a day; give the column another name "
+                    f"with derive, for example derive: {{{measure}_value: {measure}}}"
+                )
+            names += [measure, f"{measure}_max"]
+        return self
+
 
 class EventSource(Frozen):
     """A customer table and event logs. Days are UTC; `last_day` is stated when the log has ended."""

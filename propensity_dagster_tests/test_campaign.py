@@ -57,6 +57,8 @@ MISTAKES = [
     ("segments: [country, channel]", "segments: []\nsegments: [country]", "key 'segments' given twice"),
     ("    table: customers\n", "", "needs exactly one of 'table' and 'stream'"),
     ("name: ecommerce_purchase", "name: [", "not valid YAML"),
+    ("[pages, seconds]", "[pages, count]", "measures: 'count' cannot be told from the 'count' of a day"),
+    ("[pages, seconds]", "[pages, pages_max]", "'pages_max' cannot be told from the 'pages_max' of a day"),
 ]
 
 

@@ -71,7 +71,7 @@ def test_nothing_is_left_and_nothing_else_is_lost(lived):
     assert rows_of(home) == before, "a dry run changes nothing"
     tables = {place.table for place in planned.places}
     assert {
-        "raw_orders", "validated_visits", "activity", "activity_months", "features", "labels", "training_set", "scores", "audience",
+        "raw_orders", "validated_visits", "activity", "activity_months", "activity_last_days", "features", "labels", "training_set", "scores", "audience",
         "exported", "exports", "holdout", "online features", "log of answers", "predictions",
     } <= tables  # fmt: skip
     assert planned.models == {"small": ["1"]}

@@ -57,7 +57,7 @@ def test_whole_months_are_read_from_one_file_in_the_order_of_the_key(lake, engin
     assert february.equals(in_order(february))
 
 
-@pytest.mark.parametrize("last", [date(2024, 2, 28), date(2024, 2, 29), date(2024, 3, 1)])
+@pytest.mark.parametrize("last", [date(2024, 1, 25), date(2024, 2, 28), date(2024, 2, 29), date(2024, 3, 1)])
 def test_a_month_is_whole_with_its_last_day(lake, engine, last):
     days = [day for day in DAYS if day <= last]
     assert read(lake, engine, days).equals(expected(days))
@@ -166,9 +166,11 @@ def test_a_last_day_is_made_once_a_month(lake, engine):
 
 
 @pytest.mark.parametrize("gone", ["activity_months/month=2024-03-01", "activity_last_days/month=2024-02-01"])
-def test_what_was_deleted_of_a_chain_is_made_anew(lake, engine, gone):
+@pytest.mark.parametrize("keep", [None, 20])
+def test_what_was_deleted_or_cut_short_of_a_chain_is_made_anew(lake, engine, gone, keep):
     read_chained(lake, engine)
-    (lake.root / gone / "part.parquet").unlink()
+    file = lake.root / gone / "part.parquet"
+    file.write_bytes(file.read_bytes()[:keep]) if keep else file.unlink()
     lake.target("activity_months", "month", date(2024, 3, 1)).unlink(missing_ok=True)
     assert read_chained(lake, engine) == chained(expected())
 

@@ -28,10 +28,12 @@ from propensity_dagster.data.lake import Lake, locked
 logger = logging.getLogger(__name__)
 
 MONTHS = "_months"
-"""What the table of copies is called more than the table of days."""
+"""Suffix of the table of copies."""
 LAST_DAYS = "_last_days"
-"""The same of the table that says, by month and key, on which day something was counted last until then."""
+"""Suffix of the table that says, by month and key, on which day something was counted last until the end of it."""
 _SOURCES = "copied_from"
+_FORMAT = 1
+"""To be raised when what a copy holds of the same days changes: then all are made anew."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class _Copies:
         month = months[-1]
         month.copy.parent.mkdir(parents=True, exist_ok=True)
         with locked(month.copy.with_name(".lock")):  # a backfill and a nightly run may both find it missing
-            if _says(month.copy, month.mark):
+            if _is_of(month.copy, month.mark):
                 return
             logger.info("%s: copied from %d days", _place(month.copy), len(month.parts))
             rows = self.engine.read(month.parts)
@@ -74,12 +76,15 @@ class _Copies:
             return None
         month = months[-1]
         file = self.lake.partition(f"{self.table}{LAST_DAYS}", "month", month.first)
+        if _is_of(file, month.mark):
+            return file
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.with_name(".lock")):
-            if not _says(file, month.mark):
+            if not _is_of(file, month.mark):
+                logger.info("%s: last days", _place(file))
                 key = self.order[0]
                 rows = self.engine.read(month.copy)
-                days = rows.select(key, **{name: _day_of(rows, count) for name, count in self.previous.items()})
+                days = rows.select(key, **{name: day_with(rows, count) for name, count in self.previous.items()})
                 before = self.last_days(months[:-1])
                 if before:
                     days = days.union(self.engine.read(before))
@@ -100,11 +105,12 @@ def read_months(
 
     Args:
         table: of the lake, with a file for each day.
-        days: without a gap, ascending, from the first one there is: its month counts as whole though it begins later.
+        days: without a gap, ascending. They begin with the first there is, whoever asks: a copy depends on it. The
+            month of that day counts as whole.
         order: columns by which copies are sorted, the key first.
         lake: of the campaign.
         engine: reads; its local one makes the copies that are not there, or not of what is there.
-        previous: what is read more than the rows have: see `with_previous`.
+        previous: further columns, and the count that each is of: see `with_previous`.
 
     Raises:
         DataContractError: when a day has not been ingested.
@@ -118,9 +124,9 @@ def read_months(
     months: list[_Month] = []
     for first, parts in found.items():
         before = months[-1].mark if months and previous else ""
-        mark = _mark(parts, [*order, *copies.previous.items(), before])
+        mark = _mark(parts, [_FORMAT, *order, *copies.previous.items(), before])
         months.append(_Month(first, lake.target(f"{table}{MONTHS}", "month", first), parts, mark))
-        if not _says(months[-1].copy, mark):
+        if not _is_of(months[-1].copy, mark):
             copies.make(months)
     files = [month.copy for month in months]
     if not rest or not previous:
@@ -130,6 +136,7 @@ def read_months(
     so_far = engine.cache(days_so_far)  # every span reads it
     if not files:
         return so_far
+    # As a view: else it is compiled for each span.
     return engine.sql(f'SELECT * FROM "{engine.name(engine.read(files).union(so_far))}"')
 
 
@@ -146,7 +153,7 @@ def with_previous(rows: ibis.Table, key: str, previous: Mapping[str, str], befor
         before: the key and the same columns, for the days before all of `rows`.
     """
     window = ibis.window(group_by=key, order_by="day", preceding=(None, 1))
-    within: dict[str, Any] = {name: _day_of(rows, count).max().over(window) for name, count in previous.items()}
+    within: dict[str, Any] = {name: day_with(rows, count).max().over(window) for name, count in previous.items()}
     rows = rows.mutate(**within)
     if before is not None:
         before = before.rename({f"{name}__before": name for name in previous})
@@ -158,11 +165,12 @@ def with_previous(rows: ibis.Table, key: str, previous: Mapping[str, str], befor
     )
 
 
-def _day_of(rows: ibis.Table, count: str) -> Any:
+def day_with(rows: ibis.Table, count: str) -> Any:
+    """The day where this count is not zero: null elsewhere, for a filter on each aggregate costs a third more."""
     return (rows[count] > 0).ifelse(rows.day, ibis.null("int32"))
 
 
-def _says(file: Path, mark: str) -> bool:
+def _is_of(file: Path, mark: str) -> bool:
     try:
         noted = pq.read_metadata(file).metadata or {}
     except (FileNotFoundError, pa.ArrowInvalid):  # not there, or cut short

@@ -27,7 +27,7 @@ from propensity_dagster.data.days import day_index, days_between
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.ingest import newest_event_day
 from propensity_dagster.data.lake import Home
-from propensity_dagster.data.months import read_months
+from propensity_dagster.data.months import day_with, read_months
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import DataContractError, InsufficientDataError
 from propensity_dagster.features.activity import ACTIVITY, CATEGORIES, ORDER, activity_columns
@@ -81,30 +81,28 @@ def fold_history(campaign: EventCampaign, inputs: Inputs, engine: Engine, *, fir
     """
     if any(stream.ingested_at for stream in campaign.source.streams.values()):
         return inputs
-    late = campaign.source.late_days
+    earliest, latest = (day_index(snapshot) - campaign.source.late_days for snapshot in (first, last))
+    oldest = latest - campaign.longest_window
     rows = _periods(campaign, inputs.activity)
     pieces: list[ibis.Table] = []
     for _, newer, older in reversed(_spans(campaign)):
-        end = day_index(first) - late - newer
-        start = day_index(last) - late - older if older is not None else None
-        if start is not None and older is not None and (end - start) * 2 < older - newer:
-            continue  # not worth it
-        oldest = day_index(last) - late - campaign.longest_window
-        if start is not None:
+        end = earliest - newer
+        if older is not None:
+            start = latest - older
+            if (end - start) * 2 < older - newer:
+                continue  # of few of its days, and not worth it
             pieces.append(rows.filter(rows.day < start))
             rows = rows.filter(rows.day >= start)
         inside = rows.filter(rows.day < end)
         totals = _aggregates(campaign, inside, oldest)
-        for name in previous_days(campaign):
+        for name in previous_days(campaign):  # a gap that begins before `oldest` counts for some of the snapshots
             totals[name] = (inside[name] < oldest).ifelse(inside[name], ibis.null("int32")).min()
         day = ibis.literal(end - 1, "int32")
         folded = inside.group_by(campaign.key).aggregate(**totals).mutate(day=day, known_day=day)
         pieces.append(engine.cache(folded.select(*rows.columns)))
         rows = rows.filter(rows.day >= end)
-    if not pieces:
-        return inputs
-    periods = engine.sql(f'SELECT * FROM "{engine.name(ibis.union(*pieces, rows))}"')  # not compiled for each span
-    return replace(inputs, periods=engine.by_key(periods, campaign.key))
+    # As a view: else it is compiled for each span.
+    return replace(inputs, periods=engine.sql(f'SELECT * FROM "{engine.name(ibis.union(*pieces, rows))}"'))
 
 
 def build_labels(campaign: EventCampaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf) -> ibis.Table:
@@ -228,17 +226,18 @@ def _span(campaign: EventCampaign, known: ibis.Table, cut: Any, name: str, newer
 def _periods(campaign: EventCampaign, activity: ibis.Table) -> ibis.Table:
     """Rows of days as rows of periods, which also say when a thing happened last and first, and on how many days.
 
-    `__gap_squares` is of the days between active ones within the period, `__previous` the active day before its first.
+    `_gap_squares` is of the days between active ones within the period, `_previous` the active day before its first.
+    Names that begin with an underscore are ours: a measure of a stream may be called `days` or `last`.
     """
     columns: dict[str, Any] = {}
     for name, stream in campaign.source.streams.items():
-        happened = _days_with(activity, f"{name}__count")
-        columns |= {f"{name}__last": happened, f"{name}__first": happened}
+        happened = day_with(activity, f"{name}__count")
+        columns |= {f"_last__{name}": happened, f"_first__{name}": happened}
         for kind in stream.types if stream.type else ():
-            columns[f"{name}__last_{kind}"] = _days_with(activity, f"{name}__type_{kind}")
+            columns[f"_last_{kind}__{name}"] = day_with(activity, f"{name}__type_{kind}")
         if not stream.type and not stream.ingested_at:
-            columns[f"{name}__days"] = (activity[f"{name}__count"] > 0).cast("int64")
-            columns[f"{name}__gap_squares"] = ibis.literal(0, "int64")
+            columns[f"_days__{name}"] = (activity[f"{name}__count"] > 0).cast("int64")
+            columns[f"_gap_squares__{name}"] = ibis.literal(0, "int64")
     return activity.select(campaign.key, "day", "known_day", *_totals(campaign), *previous_days(campaign), **columns)
 
 
@@ -249,20 +248,20 @@ def _aggregates(campaign: EventCampaign, rows: ibis.Table, oldest: Any) -> dict[
         for column in _totals(campaign)
     }
     for name, stream in campaign.source.streams.items():
-        columns[f"{name}__last"] = rows[f"{name}__last"].max()
-        columns[f"{name}__first"] = rows[f"{name}__first"].min()
+        columns[f"_last__{name}"] = rows[f"_last__{name}"].max()
+        columns[f"_first__{name}"] = rows[f"_first__{name}"].min()
         for kind in stream.types if stream.type else ():
-            columns[f"{name}__last_{kind}"] = rows[f"{name}__last_{kind}"].max()
+            columns[f"_last_{kind}__{name}"] = rows[f"_last_{kind}__{name}"].max()
         if stream.type:
             continue
         if stream.ingested_at:  # an entity may have several rows a day, as late events became known
-            columns[f"{name}__days"] = rows[f"{name}__first"].nunique()
+            columns[f"_days__{name}"] = rows[f"_first__{name}"].nunique()
         else:
-            columns[f"{name}__days"] = rows[f"{name}__days"].sum().cast("int64")
+            columns[f"_days__{name}"] = rows[f"_days__{name}"].sum().cast("int64")
             previous = rows[_previous(name)]
-            gap = (previous >= oldest).ifelse(rows[f"{name}__first"] - previous, ibis.null("int32"))
-            within = rows[f"{name}__gap_squares"].sum()
-            columns[f"{name}__gap_squares"] = ((gap * gap).sum().fill_null(0) + within).cast("int64")
+            gap = (previous >= oldest).ifelse(rows[f"_first__{name}"] - previous, ibis.null("int32")).cast("int64")
+            within = rows[f"_gap_squares__{name}"].sum()
+            columns[f"_gap_squares__{name}"] = ((gap * gap).sum().fill_null(0) + within).cast("int64")
     return columns
 
 
@@ -279,34 +278,30 @@ def _windows(campaign: EventCampaign, joined: ibis.Table) -> dict[str, Any]:
 
     def rhythm(name: str, stream: Stream) -> dict[str, Any]:
         """Of n days with events: n - 1 gaps between them, which add up to the days from the first to the last."""
-        days = of(f"{name}__days", names[:-1], add)
-        last, first = of(f"{name}__last", names[:-1], ibis.greatest), of(f"{name}__first", names[:-1], ibis.least)
-        found = {f"days_{campaign.longest_window}d": days, "gaps": days - 1, "gap_sum": last - first}
+        days = of(f"_days__{name}", names[:-1], add)
+        last, first = of(f"_last__{name}", names[:-1], ibis.greatest), of(f"_first__{name}", names[:-1], ibis.least)
+        found = {f"_days__{name}_{campaign.longest_window}d": days}
+        found |= {f"_gaps__{name}": days - 1, f"_gap_sum__{name}": last - first}
         if not stream.ingested_at:
-            found["gap_squares"] = of(f"{name}__gap_squares", names[:-1], add)
-        return {f"{name}__{column}": expression for column, expression in found.items()}
+            found[f"_gap_squares__{name}"] = of(f"_gap_squares__{name}", names[:-1], add)
+        return found
 
     columns: dict[str, Any] = {}
     for i, name in enumerate(names, start=1):
         for column in _totals(campaign):
             columns[f"{column}_{name}"] = of(column, names[:i], ibis.greatest if column.endswith("_max") else add)
     for name, stream in campaign.source.streams.items():
-        columns[f"{name}__last_{ALL}"] = of(f"{name}__last", names, ibis.greatest)
-        columns[f"{name}__first_{ALL}"] = of(f"{name}__first", names, ibis.least)
+        columns[f"_last__{name}_{ALL}"] = of(f"_last__{name}", names, ibis.greatest)
+        columns[f"_first__{name}_{ALL}"] = of(f"_first__{name}", names, ibis.least)
         for kind in stream.types if stream.type else ():
-            columns[f"{name}__last_{kind}_{ALL}"] = of(f"{name}__last_{kind}", names, ibis.greatest)
+            columns[f"_last_{kind}__{name}_{ALL}"] = of(f"_last_{kind}__{name}", names, ibis.greatest)
         if not stream.type:
             columns |= rhythm(name, stream)
     return columns
 
 
 def _previous(stream: str) -> str:
-    return f"{stream}__previous"
-
-
-def _days_with(rows: ibis.Table, count: str) -> Any:
-    """The day where this count is not zero: null elsewhere, for a filter on each aggregate costs a third more."""
-    return (rows[count] > 0).ifelse(rows.day, ibis.null("int32"))
+    return f"_previous__{stream}"
 
 
 def _totals(campaign: EventCampaign) -> list[str]:
@@ -317,8 +312,9 @@ def _gap_squares(campaign: EventCampaign, rows: ibis.Table, name: str) -> ibis.T
     """Sum of squares of the days between days with events, of what is known at one snapshot alone."""
     # An entity may have several rows a day, as late events became known.
     days = rows.filter(rows[f"{name}__count"] > 0).select(campaign.key, "day").distinct()
-    days = days.mutate(gap=days.day - days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day")))
-    return days.group_by(campaign.key).aggregate(**{f"{name}__gap_squares": (days.gap * days.gap).sum().cast("int64")})
+    before = days.day.lag().over(ibis.window(group_by=campaign.key, order_by="day"))
+    days = days.mutate(gap=(days.day - before).cast("int64"))
+    return days.group_by(campaign.key).aggregate(**{f"_gap_squares__{name}": (days.gap * days.gap).sum().cast("int64")})
 
 
 def _distinct(campaign: EventCampaign, categories: ibis.Table, *, as_of: AsOf) -> list[ibis.Table]:
@@ -355,7 +351,7 @@ def _eligible(campaign: EventCampaign, joined: ibis.Table, cut: Any, *, as_of: A
         return old_enough
     streams = rule.streams or tuple(campaign.source.streams)
     created = joined.created_day >= _day(as_of) - rule.active_within_days
-    active = [joined[f"{name}__last_{ALL}"] >= cut - rule.active_within_days for name in streams]
+    active = [joined[f"_last__{name}_{ALL}"] >= cut - rule.active_within_days for name in streams]
     return old_enough & reduce(lambda a, b: a | b, (a.fill_null(False) for a in active), created)
 
 

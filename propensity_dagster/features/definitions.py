@@ -139,14 +139,14 @@ def _stream_features(campaign: EventCampaign, name: str, stream: Stream) -> list
         source = f"{stream.table}.{column}"
         features.append(Feature(f"{name}_{suffix}", meaning, "number", shown, name, expression, minimum, source))
 
-    add("recency_days", f"days since the latest of the {name}", ALL, _days_since(f"{name}__last_{ALL}"))
+    add("recency_days", f"days since the latest of the {name}", ALL, _days_since(f"_last__{name}_{ALL}"))
     if stream.type:
         _add_types(add, name, stream, windows)
     else:
-        add("first_days", f"days since the first of the {name}", ALL, _days_since(f"{name}__first_{ALL}"))
+        add("first_days", f"days since the first of the {name}", ALL, _days_since(f"_first__{name}_{ALL}"))
         for window in windows:
             add(f"count_{window}", f"number of {name}", window, _zero(f"{name}__count_{window}"))
-        add(f"active_days_{longest}", f"days with {name}", longest, _zero(f"{name}__days_{longest}"))
+        add(f"active_days_{longest}", f"days with {name}", longest, _zero(f"_days__{name}_{longest}"))
         add(f"rate_{ALL}", f"{name} per 30 days since the first one", ALL, _rate(name))
         add(
             "recency_share",
@@ -179,7 +179,7 @@ def _stream_features(campaign: EventCampaign, name: str, stream: Stream) -> list
 def _add_types(add: Callable[..., None], name: str, stream: Stream, windows: list[str]) -> None:
     base, *others = stream.types
     for kind in others:
-        last = _days_since(f"{name}__last_{kind}_{ALL}")
+        last = _days_since(f"_last_{kind}__{name}_{ALL}")
         add(f"{kind}_recency_days", f"days since the latest of the {name} of type {kind}", ALL, last)
     for window in windows:
         for kind in stream.types:
@@ -205,7 +205,7 @@ def _add_measure(add: Callable[..., None], name: str, measure: str, scale: int, 
 
 def _add_rhythm(add: Callable[..., None], name: str, longest: str) -> None:
     """Time between days with events, over the longest window; the sums are integers, so every engine agrees."""
-    gaps, total, squares = f"{name}__gaps", f"{name}__gap_sum", f"{name}__gap_squares"
+    gaps, total, squares = f"_gaps__{name}", f"_gap_sum__{name}", f"_gap_squares__{name}"
 
     def mean(x: ir.Table) -> Any:
         return x[total].cast("float64") / x[gaps].nullif(0).cast("float64")
@@ -216,7 +216,7 @@ def _add_rhythm(add: Callable[..., None], name: str, longest: str) -> None:
         return (spread / (n - 1).nullif(0)).sqrt()
 
     def overdue(x: ir.Table) -> Any:
-        since = x[f"{name}__last_{ALL}"]
+        since = x[f"_last__{name}_{ALL}"]
         return (x.as_of - since).cast("float64") / mean(x).nullif(0.0)
 
     add("gap_mean_days", f"mean days between days with {name}", longest, mean)
@@ -228,7 +228,7 @@ def _rate(name: str) -> Callable[[ir.Table], Any]:
     """Comparable between the young and the old, unlike a lifetime count."""
 
     def expression(x: ir.Table) -> Any:
-        days = (x.as_of - x[f"{name}__first_{ALL}"]).cast("float64")
+        days = (x.as_of - x[f"_first__{name}_{ALL}"]).cast("float64")
         return x[f"{name}__count_{ALL}"].cast("float64") * 30.0 / days.nullif(0.0)
 
     return expression
@@ -238,8 +238,8 @@ def _recency_share(name: str) -> Callable[[ir.Table], Any]:
     """Recency over age: with the count, what models of buying and dropping out need (Fader et al. 2005)."""
 
     def expression(x: ir.Table) -> Any:
-        since_last = (x.as_of - x[f"{name}__last_{ALL}"]).cast("float64")
-        return since_last / (x.as_of - x[f"{name}__first_{ALL}"]).cast("float64").nullif(0.0)
+        since_last = (x.as_of - x[f"_last__{name}_{ALL}"]).cast("float64")
+        return since_last / (x.as_of - x[f"_first__{name}_{ALL}"]).cast("float64").nullif(0.0)
 
     return expression
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def publish_features(campaign: EventCampaign, snapshots: Sequence[date], home: H
     """Compute and publish `features` of these snapshots, reading the activity once."""
     ordered = sorted(snapshots)
     inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False)
-    return _publish_features(campaign, ordered, home, engine, _reused(inputs, campaign.key, engine))
+    return _publish_features(campaign, ordered, home, engine, inputs)
 
 
 def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> LabelsReport:
@@ -89,7 +89,7 @@ def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Hom
             f"{campaign.outcome_end_days} days is not over; the newest mature snapshot is {mature_until}"
         )
     inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=True)
-    return _publish_labels(campaign, ordered, home, engine, _reused(inputs, campaign.key, engine))
+    return _publish_labels(campaign, ordered, home, engine, inputs)
 
 
 def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) -> TrainingSetReport:
@@ -109,7 +109,6 @@ def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) ->
     require_out_of_time(plan)
     used = [s.snapshot for s in plan if s.split != EMBARGO]
     inputs = open_inputs(campaign, home, engine, first=used[0], last=used[-1], with_outcomes=True)
-    inputs = _reused(inputs, campaign.key, engine)
     _publish_features(campaign, used, home, engine, inputs)
     labels = _publish_labels(campaign, used, home, engine, inputs)
     _require_both_outcomes(campaign, plan, labels)
@@ -135,18 +134,13 @@ def _newest_event(mature: date, campaign: EventCampaign) -> date:
     return date.fromordinal(mature.toordinal() + campaign.outcome_end_days + campaign.source.late_days)
 
 
-def _reused(inputs: Inputs, key: str, engine: Engine) -> Inputs:
-    """What every snapshot reads, laid out by entity once."""
-    categories = engine.by_key(inputs.categories, key) if inputs.categories is not None else None
-    return Inputs(engine.by_key(inputs.entities, key), engine.by_key(inputs.activity, key), categories, inputs.features)
-
-
 def _publish_features(
     campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
 ) -> FeaturesReport:
     lake = home.lake(campaign.name)
     if len(snapshots) > 1:
         inputs = fold_history(campaign, inputs, engine, first=snapshots[0], last=snapshots[-1])
+    inputs = _laid_out(inputs, campaign.key, engine)
     with compiling():
         query = engine.prepare(build_features(campaign, inputs, as_of=any_day()))
     rows: dict[date, int] = {}
@@ -157,6 +151,15 @@ def _publish_features(
         logger.info("features %s: %s entities (%d of %d)", snapshot, f"{rows[snapshot]:,}", position, len(snapshots))
     publish_text(features_markdown(campaign, inputs.features), home.reports(campaign.name) / "features.md")
     return FeaturesReport(rows, len(inputs.features))
+
+
+def _laid_out(inputs: Inputs, key: str, engine: Engine) -> Inputs:
+    """What every snapshot reads, laid out by entity once."""
+    entities = engine.by_key(inputs.entities, key)
+    categories = engine.by_key(inputs.categories, key) if inputs.categories is not None else None
+    if inputs.periods is not None:
+        return replace(inputs, entities=entities, categories=categories, periods=engine.by_key(inputs.periods, key))
+    return replace(inputs, entities=entities, categories=categories, activity=engine.by_key(inputs.activity, key))
 
 
 def _publish_labels(
