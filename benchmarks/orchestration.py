@@ -47,9 +47,26 @@ def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
             "load campaign files",
             [1, 10, 100],
             "files",
-            {"ours": load_files, "import dagster": import_dagster},
+            {"ours": load_files, "import dagster": Import("dagster")},
             folder,
             rounds=1,
+        ),
+        *contest(
+            "start of the command line",
+            [1],
+            "process",
+            {"ours": Import("propensity_dagster.cli"), "import typer": Import("typer")},
+            folder,
+        ),
+        *contest(
+            "start of a service's worker",
+            [1],
+            "process",
+            {
+                "ours": Import("propensity_dagster.serving.service"),
+                "what it imports of BentoML": Import("bentoml; bentoml.service"),
+            },
+            folder,
         ),
     ]
 
@@ -177,5 +194,11 @@ def load_files(folder: Path, size: int) -> Callable[[], object]:
     return lambda: subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
 
 
-def import_dagster(_folder: Path, _size: int) -> Callable[[], object]:
-    return lambda: subprocess.run([sys.executable, "-c", "import dagster"], check=True)
+class Import:
+    """A module, imported by a process of its own. A class, for a process can be sent it."""
+
+    def __init__(self, module: str) -> None:
+        self.command = [sys.executable, "-c", f"import {module}"]
+
+    def __call__(self, _folder: Path, _size: int) -> Callable[[], object]:
+        return lambda: subprocess.run(self.command, check=True)
