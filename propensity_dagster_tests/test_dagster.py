@@ -337,8 +337,8 @@ def content_of(root: Path) -> dict[str, bytes]:
         # Monitoring tells when scores were given, which differs between two runs.
         if file.is_file() and not any(part in str(file) for part in _TIMED):
             found[str(file.relative_to(root))] = file.read_bytes()
-            # A month's copy notes when the days it is of were written.
-            timed = ("/scores/", "/audience/", "/exported/", "_months/")
+            # A copy of a month notes when the days it is of were written, and so do the last days of one.
+            timed = ("/scores/", "/audience/", "/exported/", "_months/", "_last_days/")
             if any(part in str(file) for part in timed) and file.suffix == ".parquet":
                 table = pq.read_table(file)
                 table = table.drop_columns([c for c in ("scored_at", "decided_at") if c in table.column_names])
