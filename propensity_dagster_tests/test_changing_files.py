@@ -14,6 +14,7 @@ from propensity_dagster.data.ingest import ingest_entities, ingest_stream
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.validate import validate_entities, validate_stream
 from propensity_dagster.errors import DataContractError, EngineError
+from propensity_dagster.features import activity
 from propensity_dagster.features.activity import build_activity
 from propensity_dagster.features.snapshots import publish_features
 
@@ -124,6 +125,31 @@ def lake(tmp_path, engine):
     validate_stream(campaign, "orders", FIRST, LAST, home, engine)
     build_activity(campaign, FIRST, LAST, home, engine)
     return campaign, home
+
+
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_days_built_in_portions_are_those_built_at_once(lake, engine, monkeypatch, at_once):
+    """Years of days outgrow the memory of one machine."""
+    campaign, home = lake
+    whole = build_activity(campaign, FIRST, LAST, home, engine)
+    before = {f: f.read_bytes() for f in (home.lake("shop").root / "activity").rglob("*.parquet")}
+    before |= {f: f.read_bytes() for f in (home.lake("shop").root / "activity_categories").rglob("*.parquet")}
+    assert whole.events_read > 2 * at_once
+    tables = engine.backend.list_tables()
+    for file in before:
+        file.unlink()
+    monkeypatch.setattr(activity, "AT_ONCE", at_once)
+    assert build_activity(campaign, FIRST, LAST, home, engine) == whole
+    assert {f: f.read_bytes() for f in before} == before
+    assert [name for name in set(engine.backend.list_tables()) - set(tables) if name.startswith("cached")] == []
+
+
+def test_a_validated_day_that_is_cut_short(lake, engine):
+    campaign, home = lake
+    file = home.lake("shop").partition("validated_orders", "day", date(2024, 5, 20))
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(DataContractError, match=r"day=2024-05-20/part\.parquet: is not a parquet file, or cut short"):
+        build_activity(campaign, FIRST, LAST, home, engine)
 
 
 @pytest.mark.parametrize("trouble", ["missing", "cut short"])

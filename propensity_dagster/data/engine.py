@@ -122,6 +122,10 @@ class Engine:
         self.backend.raw_sql(f'CREATE TEMP TABLE "{name}" AS {self.prepare(expression)}')
         return self.backend.table(name)
 
+    def forget(self, cached: ibis.Table) -> None:
+        """Give back the room of a cached table: else it is kept as long as the engine."""
+        self.backend.drop_table(cached.get_name())
+
     def by_key(self, table: ibis.Table, key: str) -> ibis.Table:
         """A table laid out for many queries that group by `key`: here as it is, for the files of months are sorted."""
         return table

@@ -108,6 +108,9 @@ class SparkEngine(Engine):
         """Compute once, keep in the scratch folder: an executor that dies takes nothing with it."""
         return self.read(self._written(self.prepare(expression)))
 
+    def forget(self, cached: ibis.Table) -> None:
+        """Nothing: it lies in the scratch folder."""
+
     def by_key(self, table: ibis.Table, key: str) -> ibis.Table:
         """A table cut by `key` and kept by the executors: to group and join by it moves nothing between them."""
         parts = int(self.session.conf.get("spark.sql.shuffle.partitions"))

@@ -11,12 +11,16 @@ counting distinct values needs the values.
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import ibis
+import pyarrow as pa
+import pyarrow.parquet as pq
 import sqlglot.expressions as sge
 
 from propensity_dagster.campaign import EventCampaign
@@ -27,10 +31,12 @@ from propensity_dagster.data.days import days_between, publish_days
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import parse_expression
-from propensity_dagster.errors import ConfigError
+from propensity_dagster.errors import ConfigError, DataContractError
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE = 10_000_000
+"""Events that are grouped together: of 40 million with as many customers and days DuckDB needs 4 GB."""
 ACTIVITY = "activity"
 CATEGORIES = "activity_categories"
 ORDER = {ACTIVITY: ["day", "known_day"], CATEGORIES: ["day", "known_day", "feature", "value"]}
@@ -48,10 +54,49 @@ class ActivityReport:
 
 
 def build_activity(campaign: EventCampaign, first: date, last: date, home: Home, engine: Engine) -> ActivityReport:
-    """Aggregate the validated events of these days into `activity` and `activity_categories`."""
+    """Aggregate the validated events of these days into `activity` and `activity_categories`.
+
+    Days are independent, so that on one machine as many are taken at once as fit: years of them outgrow any memory.
+    """
     lake = home.lake(campaign.name)
     days = days_between(first, last)
-    events = {name: engine.read(lake.existing_days(f"validated_{name}", days)) for name in campaign.source.streams}
+    files = {name: lake.existing_days(f"validated_{name}", days) for name in campaign.source.streams}
+    parts = [days] if engine.local is not engine else _portions(days, list(files.values()))
+    reports: list[ActivityReport] = []
+    for part in parts:
+        start = (part[0] - first).days
+        events = {name: engine.read(found[start : start + len(part)]) for name, found in files.items()}
+        reports.append(_build_days(campaign, part, events, home, engine))
+    rows_by_day = {day: rows for report in reports for day, rows in report.rows_by_day.items()}
+    rows, events, read = (sum(getattr(r, name) for r in reports) for name in ("rows", "events", "events_read"))
+    return ActivityReport(rows, events, read, rows_by_day)
+
+
+def _portions(days: Sequence[date], files: Sequence[Sequence[Path]]) -> list[list[date]]:
+    """Days in a row with at most `AT_ONCE` events in their files, or one day with more."""
+    portions: list[list[date]] = []
+    events = 0
+    for day, *found in zip(days, *files, strict=True):
+        more = sum(_rows_of(file) for file in found)
+        if not portions or events + more > AT_ONCE:
+            portions.append([])
+            events = 0
+        portions[-1].append(day)
+        events += more
+    return portions
+
+
+def _rows_of(file: Path) -> int:
+    try:
+        return pq.read_metadata(file).num_rows
+    except pa.ArrowInvalid:
+        raise DataContractError(f"{file}: is not a parquet file, or cut short; materialize it again") from None
+
+
+def _build_days(
+    campaign: EventCampaign, days: Sequence[date], events: dict[str, ibis.Table], home: Home, engine: Engine
+) -> ActivityReport:
+    lake = home.lake(campaign.name)
     activity = engine.cache(daily_activity(campaign, events, engine))
     rows, _ = publish_days(
         engine.batches(activity.order_by(["day", campaign.key, "known_day"])),
@@ -73,7 +118,8 @@ def build_activity(campaign: EventCampaign, first: date, last: date, home: Home,
         int(engine.arrow(_one_row_an_event(campaign, n, t).aggregate(n=ibis._.count()))["n"][0].as_py())
         for n, t in events.items()
     )
-    logger.info("activity: %s rows from %s events", f"{sum(rows.values()):,}", f"{read:,}")
+    engine.forget(activity)
+    logger.info("activity %s to %s: %s rows from %s events", days[0], days[-1], f"{sum(rows.values()):,}", f"{read:,}")
     return ActivityReport(sum(rows.values()), counted, read, rows)
 
 
