@@ -138,7 +138,7 @@ def test_days_built_in_portions_are_those_built_at_once(lake, engine, monkeypatc
     tables = engine.backend.list_tables()
     for file in before:
         file.unlink()
-    monkeypatch.setattr(activity, "AT_ONCE", at_once)
+    monkeypatch.setattr(activity, "EVENTS_AT_ONCE", at_once)
     assert build_activity(campaign, FIRST, LAST, home, engine) == whole
     assert {f: f.read_bytes() for f in before} == before
     assert [name for name in set(engine.backend.list_tables()) - set(tables) if name.startswith("cached")] == []

@@ -17,6 +17,7 @@ from pyarrow import compute
 
 from propensity_dagster.data.lake import UNPLACED, publish_table
 from propensity_dagster.data.objects import AT_ONCE, store_above
+from propensity_dagster.errors import DataContractError
 
 EPOCH = date(1970, 1, 1)
 _AT_ONCE_ON_DISK = 3  # more cost CPU time and bring nothing
@@ -143,8 +144,18 @@ def _day_or_none(number: int | None) -> date | None:
 
 
 def rows_of_each(files: Sequence[Path]) -> list[int]:
-    """Row counts, read from the files' footers."""
-    return [pq.read_metadata(file).num_rows for file in files]
+    """Row counts, read from the files' footers.
+
+    Raises:
+        DataContractError: naming a file that has none.
+    """
+    found: list[int] = []
+    for file in files:
+        try:
+            found.append(pq.read_metadata(file).num_rows)
+        except pa.ArrowInvalid:
+            raise DataContractError(f"{file}: is not a parquet file, or cut short; materialize it again") from None
+    return found
 
 
 def stable_order(table: ibis.Table, but: Sequence[str]) -> list[str]:

@@ -101,7 +101,11 @@ class Engine:
 
     def name(self, table: ibis.Table) -> str:
         """A name under which SQL finds a table."""
-        return self.backend.create_view(ibis.util.gen_name("named"), table).get_name()
+        return self.as_view(table).get_name()
+
+    def as_view(self, table: ibis.Table) -> ibis.Table:
+        """The same table, compiled once: else it is, anew, for each place of a query that reads it."""
+        return self.backend.create_view(ibis.util.gen_name("named"), table)
 
     def sql(self, query: str) -> ibis.Table:
         """A table by a query in DuckDB's dialect, in which campaign files are written."""

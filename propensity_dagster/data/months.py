@@ -11,7 +11,7 @@ after a day was ingested, or ingested again, a person erased, a home copied.
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import groupby
@@ -59,38 +59,43 @@ class _Copies:
     def make(self, months: Sequence[_Month]) -> None:
         """The copy of the newest of these months; those before it are made."""
         month = months[-1]
-        month.copy.parent.mkdir(parents=True, exist_ok=True)
-        with locked(month.copy.with_name(".lock")):  # a backfill and a nightly run may both find it missing
-            if _is_of(month.copy, month.mark):
-                return
-            logger.info("%s: copied from %d days", _place(month.copy), len(month.parts))
-            rows = self.engine.read(month.parts)
+
+        def rows() -> ibis.Table:
+            days = self.engine.read(month.parts)
             if self.previous:
                 before = self.last_days(months[:-1])
-                rows = with_previous(rows, self.order[0], self.previous, self.engine.read(before) if before else None)
-            self.engine.publish(rows.order_by(list(self.order)), month.copy, {_SOURCES: month.mark})
+                days = with_previous(days, self.order[0], self.previous, self.engine.read(before) if before else None)
+            return days.order_by(list(self.order))
+
+        self._publish(rows, month.copy, month)
 
     def last_days(self, months: Sequence[_Month]) -> Path | None:
         """The last day that counts, by key and column, until the end of the newest of these months."""
         if not months:
             return None
-        month = months[-1]
+        month, key = months[-1], self.order[0]
         file = self.lake.partition(f"{self.table}{LAST_DAYS}", "month", month.first)
-        if _is_of(file, month.mark):
-            return file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.with_name(".lock")):
-            if not _is_of(file, month.mark):
-                logger.info("%s: last days", _place(file))
-                key = self.order[0]
-                rows = self.engine.read(month.copy)
-                days = rows.select(key, **{name: day_with(rows, count) for name, count in self.previous.items()})
-                before = self.last_days(months[:-1])
-                if before:
-                    days = days.union(self.engine.read(before))
-                last = days.group_by(key).aggregate(**{name: days[name].max() for name in self.previous})
-                self.engine.publish(last.order_by(key), file, {_SOURCES: month.mark})
+
+        def rows() -> ibis.Table:
+            copy = self.engine.read(month.copy)
+            days = copy.select(key, **{name: day_with(copy, count) for name, count in self.previous.items()})
+            before = self.last_days(months[:-1])
+            if before:
+                days = days.union(self.engine.read(before))
+            return days.group_by(key).aggregate(**{name: days[name].max() for name in self.previous}).order_by(key)
+
+        self._publish(rows, file, month)
         return file
+
+    def _publish(self, rows: Callable[[], ibis.Table], file: Path, month: _Month) -> None:
+        """Unless the file is of the month as it is now."""
+        if _is_of(file, month.mark):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.with_name(".lock")):  # a backfill and a nightly run may both find it missing
+            if not _is_of(file, month.mark):
+                logger.info("%s: made of %d days", file.parent.relative_to(file.parents[2]), len(month.parts))
+                self.engine.publish(rows(), file, {_SOURCES: month.mark})
 
 
 def read_months(
@@ -126,8 +131,7 @@ def read_months(
         before = months[-1].mark if months and previous else ""
         mark = _mark(parts, [_FORMAT, *order, *copies.previous.items(), before])
         months.append(_Month(first, lake.target(f"{table}{MONTHS}", "month", first), parts, mark))
-        if not _is_of(months[-1].copy, mark):
-            copies.make(months)
+        copies.make(months)
     files = [month.copy for month in months]
     if not rest or not previous:
         return engine.read([*files, *rest])
@@ -136,8 +140,7 @@ def read_months(
     so_far = engine.cache(days_so_far)  # every span reads it
     if not files:
         return so_far
-    # As a view: else it is compiled for each span.
-    return engine.sql(f'SELECT * FROM "{engine.name(engine.read(files).union(so_far))}"')
+    return engine.as_view(engine.read(files).union(so_far))
 
 
 def with_previous(rows: ibis.Table, key: str, previous: Mapping[str, str], before: ibis.Table | None) -> ibis.Table:
@@ -182,7 +185,3 @@ def _mark(parts: Sequence[Path], more: Sequence[object]) -> str:
     """Changes whenever one of these files does, or what else the copy depends on."""
     marks = [(part.parent.name, stat.st_size, stat.st_mtime_ns) for part in parts for stat in [part.stat()]]
     return hashlib.sha256(repr((marks, more)).encode()).hexdigest()
-
-
-def _place(copy: Path) -> Path:
-    return copy.parent.relative_to(copy.parents[2])

@@ -15,27 +15,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import ibis
-import pyarrow as pa
-import pyarrow.parquet as pq
 import sqlglot.expressions as sge
 
 from propensity_dagster.campaign import EventCampaign
 from propensity_dagster.campaign_sections import Stream
 from propensity_dagster.contracts.tables import CENTS, THOUSANDTHS
 from propensity_dagster.data import coerce
-from propensity_dagster.data.days import days_between, publish_days
+from propensity_dagster.data.days import days_between, publish_days, rows_of_each
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.sources import parse_expression
-from propensity_dagster.errors import ConfigError, DataContractError
+from propensity_dagster.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 10_000_000
+EVENTS_AT_ONCE = 10_000_000
 """Events that are grouped together: of 40 million with as many customers and days DuckDB needs 4 GB."""
 ACTIVITY = "activity"
 CATEGORIES = "activity_categories"
@@ -61,36 +60,29 @@ def build_activity(campaign: EventCampaign, first: date, last: date, home: Home,
     lake = home.lake(campaign.name)
     days = days_between(first, last)
     files = {name: lake.existing_days(f"validated_{name}", days) for name in campaign.source.streams}
-    parts = [days] if engine.local is not engine else _portions(days, list(files.values()))
+    portions = [slice(None)] if engine.local is not engine else _portions(list(files.values()))
     reports: list[ActivityReport] = []
-    for part in parts:
-        start = (part[0] - first).days
-        events = {name: engine.read(found[start : start + len(part)]) for name, found in files.items()}
-        reports.append(_build_days(campaign, part, events, home, engine))
-    rows_by_day = {day: rows for report in reports for day, rows in report.rows_by_day.items()}
-    rows, events, read = (sum(getattr(r, name) for r in reports) for name in ("rows", "events", "events_read"))
-    return ActivityReport(rows, events, read, rows_by_day)
+    for portion in portions:
+        events = {name: engine.read(found[portion]) for name, found in files.items()}
+        reports.append(_build_days(campaign, days[portion], events, home, engine))
+    return ActivityReport(
+        rows=sum(report.rows for report in reports),
+        events=sum(report.events for report in reports),
+        events_read=sum(report.events_read for report in reports),
+        rows_by_day={day: rows for report in reports for day, rows in report.rows_by_day.items()},
+    )
 
 
-def _portions(days: Sequence[date], files: Sequence[Sequence[Path]]) -> list[list[date]]:
-    """Days in a row with at most `AT_ONCE` events in their files, or one day with more."""
-    portions: list[list[date]] = []
-    events = 0
-    for day, *found in zip(days, *files, strict=True):
-        more = sum(_rows_of(file) for file in found)
-        if not portions or events + more > AT_ONCE:
-            portions.append([])
+def _portions(files: Sequence[Sequence[Path]]) -> list[slice]:
+    """Days in a row with at most `EVENTS_AT_ONCE` in the files of all streams, or one day with more."""
+    starts, events = [0], 0
+    by_day = [sum(found) for found in zip(*map(rows_of_each, files), strict=True)]
+    for i, more in enumerate(by_day):
+        if i > starts[-1] and events + more > EVENTS_AT_ONCE:
+            starts.append(i)
             events = 0
-        portions[-1].append(day)
         events += more
-    return portions
-
-
-def _rows_of(file: Path) -> int:
-    try:
-        return pq.read_metadata(file).num_rows
-    except pa.ArrowInvalid:
-        raise DataContractError(f"{file}: is not a parquet file, or cut short; materialize it again") from None
+    return [slice(start, end) for start, end in pairwise([*starts, len(by_day)])]
 
 
 def _build_days(

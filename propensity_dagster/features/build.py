@@ -101,8 +101,7 @@ def fold_history(campaign: EventCampaign, inputs: Inputs, engine: Engine, *, fir
         folded = inside.group_by(campaign.key).aggregate(**totals).mutate(day=day, known_day=day)
         pieces.append(engine.cache(folded.select(*rows.columns)))
         rows = rows.filter(rows.day >= end)
-    # As a view: else it is compiled for each span.
-    return replace(inputs, periods=engine.sql(f'SELECT * FROM "{engine.name(ibis.union(*pieces, rows))}"'))
+    return replace(inputs, periods=engine.as_view(ibis.union(*pieces, rows)))
 
 
 def build_labels(campaign: EventCampaign, activity: ibis.Table, scored: ibis.Table, *, as_of: AsOf) -> ibis.Table:
