@@ -24,7 +24,7 @@ from propensity_dagster.models.saved import write_model
 from propensity_dagster.runtime import Runtime
 
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-_OURS = {"module": "propensity_dagster.components.event_log", "class": "BatchingSqliteEventLogStorage"}
+_OURS = {"storage": {"custom": {"module": "propensity_dagster.components.storage", "class": "HomeStorage"}}}
 
 
 def benchmark(sizes: list[int], folder: Path) -> list[Figure]:
@@ -114,7 +114,7 @@ def as_run(folder: Path, size: int) -> Callable[[], object]:
     def action() -> None:
         with (
             tempfile.TemporaryDirectory() as root,
-            dg.instance_for_test({"event_log_storage": _OURS}, temp_dir=root) as instance,
+            dg.instance_for_test(_OURS, temp_dir=root) as instance,
         ):
             job.execute_in_process(
                 instance=instance,
@@ -150,7 +150,7 @@ def as_calls(folder: Path, size: int) -> Callable[[], object]:
 
 
 def record_ours(_folder: Path, size: int) -> Callable[[], object]:
-    return _record(size, "1000", {"event_log_storage": _OURS})
+    return _record(size, "1000", _OURS)
 
 
 def record_theirs(_folder: Path, size: int) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from propensity_dagster.campaign import CAMPAIGNS, SHIPPED, Campaign, find_campaign, load_campaigns
-from propensity_dagster.data.lake import LAKE, Home
+from propensity_dagster.data.lake import LAKE, Home, publish_text
 from propensity_dagster.errors import ConfigError, PropensityError
 from propensity_dagster.reports.site import DEFAULT_PORT, URL, serve_reports
 
@@ -477,7 +477,7 @@ def _environment(campaign: Campaign | None) -> dict[str, str]:
     dagster_home.mkdir(exist_ok=True)
     settings = dagster_home / "dagster.yaml"
     if not settings.exists():
-        settings.write_text(files("propensity_dagster").joinpath("dagster.yaml").read_text(encoding="utf-8"))
+        publish_text(files("propensity_dagster").joinpath("dagster.yaml").read_text(encoding="utf-8"), settings)
     quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "BENTOML_DO_NOT_TRACK": "true"}
     chosen = {CAMPAIGNS: str(campaign.file)} if campaign and campaign.file.parent != SHIPPED.resolve() else {}
     return {

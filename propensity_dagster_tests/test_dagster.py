@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import UTC, date, datetime, timedelta
@@ -11,6 +12,7 @@ import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 
+import propensity_dagster
 from propensity_dagster.campaign import load_campaign
 from propensity_dagster.components.automation import range_tags
 from propensity_dagster.components.campaign_folder import campaign_definitions
@@ -299,12 +301,7 @@ def test_batches_of_events_are_stored_like_single_ones(tmp_path, monkeypatch):
 
     stories = []
     for name, settings in {
-        "ours": {
-            "event_log_storage": {
-                "module": "propensity_dagster.components.event_log",
-                "class": "BatchingSqliteEventLogStorage",
-            }
-        },
+        "ours": {"storage": {"custom": {"module": "propensity_dagster.components.storage", "class": "HomeStorage"}}},
         "theirs": {},
     }.items():
         home = tmp_path / name
@@ -325,6 +322,26 @@ def test_batches_of_events_are_stored_like_single_ones(tmp_path, monkeypatch):
                 )
             )
     assert stories[0] == stories[1]
+
+
+def test_several_processes_are_the_first_to_open_a_home(tmp_path):
+    """A backfill, a night and the user interface started at once on a new home: all open it, then and later."""
+    shutil.copy(Path(propensity_dagster.__file__).parent / "dagster.yaml", tmp_path)
+    opens = "import sys, dagster; print('ready', flush=True); sys.stdin.read(); dagster.DagsterInstance.get()"
+    environment = {**os.environ, "DAGSTER_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", opens]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    together = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(4)]
+    for process in together:
+        assert process.stdout.readline() == "ready\n"
+    # The end of their input is the sign to go; reading what they say waits for each.
+    for process in together:
+        process.stdin.close()
+    for process in together:
+        error = process.stderr.read()
+        assert process.wait() == 0, error[-2000:]
+    later = subprocess.run(command, check=False, env=environment, input="", capture_output=True, text=True)
+    assert later.returncode == 0, later.stderr[-2000:]
 
 
 _TIMED = ("/ledger/", "/quality/", "drift_report.html", "monitoring.html")
