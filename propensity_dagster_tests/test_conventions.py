@@ -13,7 +13,7 @@ ONLY_IN = {"mlflow": "registry", "bentoml": "serving", "evidently": "monitoring"
 WORKER = PACKAGE / "serving"
 WORKER_PACKAGES = {"bentoml", "msgspec", "numpy", "prometheus_client", "redis", "uvicorn", "yaml"}
 HEAVY = ("torch", "shap", "mlflow", "evidently", "bentoml", "matplotlib")
-NOT_AT_START = (*HEAVY, "numba", "scipy.stats", "scipy.optimize")
+NOT_AT_START = (*HEAVY, "numba", "pandas", "pandera", "scipy.stats", "scipy.optimize")
 
 
 def modules():

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import compute
@@ -179,6 +178,8 @@ class SplitFile:
 
     def scanner(self, columns: Sequence[str]) -> Any:
         """Reads these columns."""
+        import pyarrow.dataset as ds  # imports pandas
+
         of_fold = ds.field("fold") == self.fold if self.split == "test" else ds.field("fold") != self.fold
         wanted = ds.field("split") == self.split if self.fold is None else of_fold
         options: Any = {"batch_size": _BATCH_ROWS, "batch_readahead": 2, "fragment_readahead": 1}
