@@ -1,6 +1,7 @@
 """Event logs whose files change: other columns or types on day 200, a file cut short, one customer with everything."""
 
 from datetime import date, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from propensity_dagster.campaign import load_campaign
-from propensity_dagster.data.engine import open_engine
+from propensity_dagster.data.engine import Engine, open_engine
 from propensity_dagster.data.ingest import ingest_entities, ingest_stream
 from propensity_dagster.data.lake import Home
 from propensity_dagster.data.validate import validate_entities, validate_stream
@@ -164,6 +165,50 @@ def test_a_partition_in_the_middle_of_a_window(lake, trouble):
         publish_features(campaign, [date(2024, 7, 1)], home, engine)
     assert "\n" not in str(raised.value)
     assert not home.lake("shop").partition("features", "snapshot", date(2024, 7, 1)).exists()
+
+
+SNAPSHOTS = [date(2024, 6, 1), date(2024, 7, 1)]
+
+
+def ingest_again(campaign, home, at: datetime, folder: Path) -> None:
+    """An order that arrived late, and its day once more."""
+    late = orders(0).slice(0, 1)
+    late = replaced(late, "ordered_at", lambda c: pa.array([at], c.type))
+    late = replaced(late, "order_id", lambda c: pa.array([f"late {at}"], c.type))
+    pq.write_table(late, folder / "orders" / f"late {at:%d}.parquet")
+    with open_engine(threads=1) as other:
+        ingest_stream(campaign, "orders", at.date(), at.date(), home, other)
+        validate_stream(campaign, "orders", at.date(), at.date(), home, other)
+        build_activity(campaign, at.date(), at.date(), home, other)
+
+
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_a_day_that_is_ingested_again_while_features_are_computed(lake, tmp_path, monkeypatch, times):
+    """All snapshots are of the data as they are in the end, or it is said that there is no end."""
+    campaign, home = lake
+    at = iter([datetime(2024, 5, day, 12) for day in range(1, times + 1)])
+    with open_engine() as engine:
+        publish = Engine.publish_query
+
+        def disturbed(self, query, file, *notes):
+            publish(self, query, file, *notes)
+            if file.parent.name == f"snapshot={SNAPSHOTS[0]}":  # the first is written, the second not yet
+                for moment in islice(at, 1):
+                    ingest_again(campaign, home, moment, tmp_path)
+
+        monkeypatch.setattr(Engine, "publish_query", disturbed)
+        if times == 9:
+            with pytest.raises(DataContractError, match=r"activity.day=2024-05-03.* 3 times; run this again when"):
+                publish_features(campaign, SNAPSHOTS, home, engine)
+            return
+        publish_features(campaign, SNAPSHOTS, home, engine)
+    files = [home.lake("shop").partition("features", "snapshot", snapshot) for snapshot in SNAPSHOTS]
+    found = [pq.read_table(file) for file in files]
+    with open_engine() as engine:
+        publish_features(campaign, SNAPSHOTS, home, engine)
+    assert found == [pq.read_table(file) for file in files]
+    (mine,) = [row for row in found[0].to_pylist() if row["customer_id"] == "0"]
+    assert mine["orders_count_all"] >= 3 * 15 + times
 
 
 def test_one_customer_with_a_million_events(tmp_path, engine):

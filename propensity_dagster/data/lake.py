@@ -305,6 +305,12 @@ def publish_table(table: pa.Table, file: Path) -> None:
         write_parquet(table, temporary)
 
 
+def version_of(file: Path) -> tuple[int, int]:
+    """Size and time of change: they differ from what they were whenever a file has been published anew."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Rows of a small table; none before it has been published."""
     return pq.read_table(file).to_pylist() if file.exists() else []

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from propensity_dagster.data.engine import Engine
-from propensity_dagster.data.lake import Lake, locked
+from propensity_dagster.data.lake import Lake, locked, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,5 +183,5 @@ def _is_of(file: Path, mark: str) -> bool:
 
 def _mark(parts: Sequence[Path], more: Sequence[object]) -> str:
     """Changes whenever one of these files does, or what else the copy depends on."""
-    marks = [(part.parent.name, stat.st_size, stat.st_mtime_ns) for part in parts for stat in [part.stat()]]
+    marks = [(part.parent.name, *version_of(part)) for part in parts]
     return hashlib.sha256(repr((marks, more)).encode()).hexdigest()

@@ -9,11 +9,12 @@ before t; labels read days in [t + gap, t + gap + horizon).
 # pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from functools import reduce
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import ibis
@@ -26,7 +27,7 @@ from propensity_dagster.data import coerce
 from propensity_dagster.data.days import day_index, days_between
 from propensity_dagster.data.engine import Engine
 from propensity_dagster.data.ingest import newest_event_day
-from propensity_dagster.data.lake import Home
+from propensity_dagster.data.lake import Home, version_of
 from propensity_dagster.data.months import day_with, read_months
 from propensity_dagster.data.sources import campaign_calendar
 from propensity_dagster.errors import DataContractError, InsufficientDataError
@@ -44,14 +45,20 @@ AsOf = date | ir.IntegerValue
 class Inputs:
     """What features are computed from, as engine tables, and the feature list.
 
-    `activity` has the columns of `previous_days` too. `periods`: the same rows, some of them added up: `fold_history`.
+    `activity` has the columns of `previous_days` too. `versions`: of the files of all these, before they were read.
+    `periods`: the rows of `activity`, some of them added up: `fold_history`.
     """
 
     entities: ibis.Table
     activity: ibis.Table
     categories: ibis.Table | None
     features: list[Feature]
+    versions: Mapping[Path, tuple[int, int]] = field(default_factory=dict[Path, tuple[int, int]])
     periods: ibis.Table | None = None
+
+    def replaced(self) -> list[Path]:
+        """Files that are not what they were: what was read of them may be of both states."""
+        return [file for file, version in self.versions.items() if not file.exists() or version_of(file) != version]
 
 
 def build_features(campaign: EventCampaign, inputs: Inputs, *, as_of: AsOf) -> ibis.Table:
@@ -177,14 +184,17 @@ def open_inputs(
         )
     end = last + timedelta(days=campaign.outcome_end_days - 1 if with_outcomes else -1)
     days = days_between(start, end)
-    entities = engine.read(lake.existing(entity_table(campaign)))
+    has_categories = any(stream.categories for stream in campaign.source.streams.values())
+    files = [lake.existing(entity_table(campaign)), *lake.existing_days(ACTIVITY, days)]
+    files += lake.existing_days(CATEGORIES, days) if has_categories else []
+    versions = {file: version_of(file) for file in files}
+    entities = engine.read(files[0])
     order = [campaign.key, *ORDER[ACTIVITY]]
     activity = read_months(ACTIVITY, days, order, lake, engine, previous_days(campaign))
-    has_categories = any(stream.categories for stream in campaign.source.streams.values())
     categories = None
     if has_categories:
         categories = read_months(CATEGORIES, days, [campaign.key, *ORDER[CATEGORIES]], lake, engine)
-    return Inputs(entities, activity, categories, campaign_features(campaign, entities))
+    return Inputs(entities, activity, categories, campaign_features(campaign, entities), versions)
 
 
 def previous_days(campaign: EventCampaign) -> dict[str, str]:

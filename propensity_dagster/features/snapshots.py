@@ -1,11 +1,11 @@
 """Publishing snapshots: features, labels, and the training set made of them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +15,7 @@ from propensity_dagster.data.days import day_index
 from propensity_dagster.data.engine import Engine, any_day, compiling, on_day
 from propensity_dagster.data.lake import ROW_GROUP, Home, publish_table, publish_text, publishing
 from propensity_dagster.data.sources import campaign_calendar
-from propensity_dagster.errors import InsufficientDataError
+from propensity_dagster.errors import DataContractError, InsufficientDataError
 from propensity_dagster.evaluation.splits import (
     EMBARGO,
     TEST,
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 TRAINING_SET = "training_set"
 SPLITS = "splits"
 _SCORED = "scored_entities"
+_ATTEMPTS = 3
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ class TrainingSetReport:
 def publish_features(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> FeaturesReport:
     """Compute and publish `features` of these snapshots, reading the activity once."""
     ordered = sorted(snapshots)
-    inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False)
-    return _publish_features(campaign, ordered, home, engine, inputs)
+    return _of_one_state(
+        lambda: open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False),
+        lambda inputs: _publish_features(campaign, ordered, home, engine, inputs),
+    )
 
 
 def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> LabelsReport:
@@ -88,8 +92,10 @@ def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Hom
             f"{campaign.file}: labels of snapshot {ordered[-1]} do not exist yet: its outcome window of "
             f"{campaign.outcome_end_days} days is not over; the newest mature snapshot is {mature_until}"
         )
-    inputs = open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=True)
-    return _publish_labels(campaign, ordered, home, engine, inputs)
+    return _of_one_state(
+        lambda: open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=True),
+        lambda inputs: _publish_labels(campaign, ordered, home, engine, inputs),
+    )
 
 
 def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) -> TrainingSetReport:
@@ -108,9 +114,14 @@ def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) ->
     plan = plan_splits(campaign, stated or newest, campaign_calendar(campaign).first)
     require_out_of_time(plan)
     used = [s.snapshot for s in plan if s.split != EMBARGO]
-    inputs = open_inputs(campaign, home, engine, first=used[0], last=used[-1], with_outcomes=True)
-    _publish_features(campaign, used, home, engine, inputs)
-    labels = _publish_labels(campaign, used, home, engine, inputs)
+
+    def both(inputs: Inputs) -> LabelsReport:
+        _publish_features(campaign, used, home, engine, inputs)
+        return _publish_labels(campaign, used, home, engine, inputs)
+
+    labels = _of_one_state(
+        lambda: open_inputs(campaign, home, engine, first=used[0], last=used[-1], with_outcomes=True), both
+    )
     _require_both_outcomes(campaign, plan, labels)
     _join(campaign, plan, home, engine)
     return _describe(campaign, plan, labels, home, engine)
@@ -132,6 +143,29 @@ def snapshot_instant(snapshot: date) -> datetime:
 
 def _newest_event(mature: date, campaign: EventCampaign) -> date:
     return date.fromordinal(mature.toordinal() + campaign.outcome_end_days + campaign.source.late_days)
+
+
+def _of_one_state(read: Callable[[], Inputs], publish: Callable[[Inputs], T]) -> T:
+    """What `publish` gives of inputs that nobody replaces meanwhile. Where a day is ingested again, it is done again.
+
+    A query opens a file once for every window, and months say what was before them: half of it could be of the day as
+    it was and half of the day as it is.
+
+    Raises:
+        DataContractError: when files are replaced each time.
+    """
+    replaced: list[Path] = []
+    for _ in range(_ATTEMPTS):
+        inputs = read()
+        report = publish(inputs)
+        replaced = inputs.replaced()
+        if not replaced:
+            return report
+        logger.warning("%s and %d other files were replaced meanwhile: once more", replaced[0], len(replaced) - 1)
+    raise DataContractError(
+        f"{replaced[0]} and {len(replaced) - 1} other files were replaced while they were read, {_ATTEMPTS} times; "
+        "run this again when the ingestion is over"
+    )
 
 
 def _publish_features(
