@@ -232,7 +232,7 @@ def dev(
 
     def stop(number: int, _: object) -> None:
         for process in started:
-            os.killpg(process.pid, number)
+            process.send_signal(number)
 
     # Before the start: a process inherits that a signal is ignored, as behind a shell's `&`, but no handler.
     for number in (signal.SIGINT, signal.SIGTERM):
