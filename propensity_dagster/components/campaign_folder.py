@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster_shared.record import as_dict
 
 from propensity_dagster.campaign import CAMPAIGNS, Campaign, EventCampaign, TableCampaign, load_campaigns
 from propensity_dagster.components.automation import campaign_automation
@@ -36,7 +37,7 @@ class CampaignFolder(dg.Component, dg.Model, dg.Resolvable):
             context.path.parent / self.path if context.path.is_file() else context.path / self.path
         )
         merged = dg.Definitions.merge(*(campaign_definitions(campaign) for campaign in load_campaigns(folder)))
-        return _Definitions(assets=merged.assets, jobs=merged.jobs, schedules=merged.schedules, sensors=merged.sensors)
+        return _Definitions(**as_dict(merged))
 
 
 class _Definitions(dg.Definitions):

@@ -72,11 +72,7 @@ class TrainingSetReport:
 
 def publish_features(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> FeaturesReport:
     """Compute and publish `features` of these snapshots, reading the activity once."""
-    ordered = sorted(snapshots)
-    return _of_one_state(
-        lambda: open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=False),
-        lambda inputs: _publish_features(campaign, ordered, home, engine, inputs),
-    )
+    return _of_one_state(_publish_features, campaign, sorted(snapshots), home, engine, with_outcomes=False)
 
 
 def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine) -> LabelsReport:
@@ -92,10 +88,7 @@ def publish_labels(campaign: EventCampaign, snapshots: Sequence[date], home: Hom
             f"{campaign.file}: labels of snapshot {ordered[-1]} do not exist yet: its outcome window of "
             f"{campaign.outcome_end_days} days is not over; the newest mature snapshot is {mature_until}"
         )
-    return _of_one_state(
-        lambda: open_inputs(campaign, home, engine, first=ordered[0], last=ordered[-1], with_outcomes=True),
-        lambda inputs: _publish_labels(campaign, ordered, home, engine, inputs),
-    )
+    return _of_one_state(_publish_labels, campaign, ordered, home, engine, with_outcomes=True)
 
 
 def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) -> TrainingSetReport:
@@ -114,14 +107,7 @@ def publish_training_set(campaign: EventCampaign, home: Home, engine: Engine) ->
     plan = plan_splits(campaign, stated or newest, campaign_calendar(campaign).first)
     require_out_of_time(plan)
     used = [s.snapshot for s in plan if s.split != EMBARGO]
-
-    def both(inputs: Inputs) -> LabelsReport:
-        _publish_features(campaign, used, home, engine, inputs)
-        return _publish_labels(campaign, used, home, engine, inputs)
-
-    labels = _of_one_state(
-        lambda: open_inputs(campaign, home, engine, first=used[0], last=used[-1], with_outcomes=True), both
-    )
+    labels = _of_one_state(_publish_both, campaign, used, home, engine, with_outcomes=True)
     _require_both_outcomes(campaign, plan, labels)
     _join(campaign, plan, home, engine)
     return _describe(campaign, plan, labels, home, engine)
@@ -145,7 +131,15 @@ def _newest_event(mature: date, campaign: EventCampaign) -> date:
     return date.fromordinal(mature.toordinal() + campaign.outcome_end_days + campaign.source.late_days)
 
 
-def _of_one_state(read: Callable[[], Inputs], publish: Callable[[Inputs], T]) -> T:
+def _of_one_state(
+    publish: Callable[[EventCampaign, Sequence[date], Home, Engine, Inputs], T],
+    campaign: EventCampaign,
+    snapshots: Sequence[date],
+    home: Home,
+    engine: Engine,
+    *,
+    with_outcomes: bool,
+) -> T:
     """What `publish` gives of inputs that nobody replaces meanwhile. Where a day is ingested again, it is done again.
 
     A query opens a file once for every window, and months say what was before them: half of it could be of the day as
@@ -156,8 +150,10 @@ def _of_one_state(read: Callable[[], Inputs], publish: Callable[[Inputs], T]) ->
     """
     replaced: list[Path] = []
     for _ in range(_ATTEMPTS):
-        inputs = read()
-        report = publish(inputs)
+        inputs = open_inputs(
+            campaign, home, engine, first=snapshots[0], last=snapshots[-1], with_outcomes=with_outcomes
+        )
+        report = publish(campaign, snapshots, home, engine, inputs)
         replaced = inputs.replaced()
         if not replaced:
             return report
@@ -213,6 +209,13 @@ def _publish_labels(
         converted[snapshot] = int(labels.cast("int64").to_numpy().sum())
     logger.info("labels: %s rows, %s converted", f"{sum(rows.values()):,}", f"{sum(converted.values()):,}")
     return LabelsReport(rows, converted)
+
+
+def _publish_both(
+    campaign: EventCampaign, snapshots: Sequence[date], home: Home, engine: Engine, inputs: Inputs
+) -> LabelsReport:
+    _publish_features(campaign, snapshots, home, engine, inputs)
+    return _publish_labels(campaign, snapshots, home, engine, inputs)
 
 
 def _require_both_outcomes(campaign: EventCampaign, plan: list[SnapshotSplit], labels: LabelsReport) -> None:
